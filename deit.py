@@ -1,0 +1,641 @@
+"""DeiT, the data-efficient image transformer (Touvron et al., arXiv 2012.12877), in one file.
+
+A Vision Transformer that learns ImageNet from ImageNet alone, because it has two sources: the true
+labels, read by a class token, and a frozen convolutional teacher, read by a distillation token. The
+teacher never touches that token; it only says what the head on top of it should have answered.
+
+Letters:  B images    S image side     P patch side       G = S/P patches a side
+          D width     N = T + G*G      T special tokens: 2 (class, distillation) or 1 (class)
+          K classes   h heads          d = D/h width of one head
+
+The walk, with the shapes of DeiT-Ti (S 224, P 16, D 192, h 3, K 1000):
+  images                         (B, 3, S, S)      (B, 3, 224, 224)
+  patch embedding                (B, G*G, D)       (B, 196, 192)
+  [class, distillation] in front (B, N, D)         (B, 198, 192)    + position embedding
+  11 blocks, attention and MLP   (B, N, D)         (B, 198, 192)
+  the last block, read by T only (B, T, D)         (B, 2, 192)
+  norm, then one head a token    (B, K) and (B, K) (B, 1000) twice; in evaluation: their mean
+
+  import deit
+  model = deit.create_model("deit_tiny_distilled_patch16_224", pretrained=True).eval()
+  logits = model(images)                                    # (B, 3, 224, 224) -> (B, 1000)
+
+Contents: the network, the eight published variants, weights, the teacher, the losses, and a command
+line: `python deit.py` prints the table and the walk, and `python deit.py photo.jpg --weights W`
+classifies. Importing needs torch alone, so that this file can be copied into other projects.
+"""
+import copy
+import math
+import os
+import pickle
+import re
+import sys
+import zipfile
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)   # of RGB in 0..1; the teacher and the student use the same
+IMAGENET_STD = (0.229, 0.224, 0.225)
+CROP_RATIO = 0.875   # evaluation: the short side becomes S / 0.875, then the central S x S is cut
+
+
+class InputError(ValueError):
+    """What was given cannot be used; the message is one sentence that says what to do instead."""
+
+
+# ------------------------------------------------------------------------------------------------
+# The network. Parameter names are the official checkpoint's, so that loading needs no renaming.
+# ------------------------------------------------------------------------------------------------
+
+class PatchEmbed(nn.Module):
+    """Cuts the image into P x P patches and maps each one linearly to D numbers."""
+
+    def __init__(self, patch_size, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images):
+        x = self.proj(images)                                     # (B, D, G, G)
+        return x.flatten(2).transpose(1, 2)                       # (B, G*G, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: softmax(q k^T / sqrt(d)) v, for each head, then a projection."""
+
+    fused = True   # PyTorch's kernel; False: the formula in three lines, equal to rounding
+
+    def __init__(self, embed_dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x, n=None):
+        """x (B, N, D) -> (B, n, D): the first n tokens ask (None: all of them), all N answer."""
+        B, N, D = x.shape
+        h, d = self.num_heads, D // self.num_heads
+        if n is None:
+            q, k, v = self.qkv(x).view(B, N, 3, h, d).permute(2, 0, 3, 1, 4)   # (B, h, N, d) each
+        else:
+            (w_q, w_kv), (b_q, b_kv) = (p.split([D, 2 * D]) for p in self.qkv.parameters())
+            q = F.linear(x[:, :n], w_q, b_q).view(B, n, h, d).transpose(1, 2)  # (B, h, n, d)
+            k, v = F.linear(x, w_kv, b_kv).view(B, N, 2, h, d).permute(2, 0, 3, 1, 4)
+        if self.fused:
+            x = F.scaled_dot_product_attention(q, k, v)                        # (B, h, n, d)
+        else:
+            scores = q @ k.transpose(-2, -1) / math.sqrt(d)                    # (B, h, n, N)
+            weights = scores.softmax(dim=-1)                                   # each row sums to 1
+            x = weights @ v                                                    # (B, h, n, d)
+        return self.proj(x.transpose(1, 2).flatten(2))                         # (B, n, D)
+
+
+class MLP(nn.Module):
+    """Two linear maps with a GELU (the exact one, by erf) between, four times wider inside."""
+
+    def __init__(self, embed_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dim, 4 * embed_dim)
+        self.fc2 = nn.Linear(4 * embed_dim, embed_dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))                      # (B, n, D) -> (B, n, D)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); in training either branch may be dropped."""
+
+    def __init__(self, embed_dim, num_heads, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)            # eps of the released models
+        self.attn = Attention(embed_dim, num_heads)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.mlp = MLP(embed_dim)
+        self.drop_path = drop_path
+
+    def add(self, x, branch):
+        """x + branch, where each sample's branch is left out with probability drop_path
+        (stochastic depth, arXiv 1603.09382) and scaled up elsewhere, so that the mean stays."""
+        if not self.training or self.drop_path == 0:
+            return x + branch
+        keep = 1 - self.drop_path
+        mask = branch.new_empty(len(x), 1, 1).bernoulli_(keep).div_(keep)
+        return torch.addcmul(x, branch, mask)
+
+    def forward(self, x, n=None):
+        """x (B, N, D) -> (B, n, D): only the first n tokens go on (None: all N)."""
+        x = self.add(x[:, :n], self.attn(self.norm1(x), n))
+        return self.add(x, self.mlp(self.norm2(x)))
+
+
+class DeiT(nn.Module):
+    """The transformer. With distilled=True it has two tokens and two heads, else one of each."""
+
+    def __init__(self, *, img_size=224, patch_size=16, num_classes=1000, embed_dim=192, depth=12,
+                 num_heads=3, distilled=False, drop_path=0.0):
+        super().__init__()
+        self.config = dict(img_size=img_size, patch_size=patch_size, num_classes=num_classes,
+                           embed_dim=embed_dim, depth=depth, num_heads=num_heads,
+                           distilled=distilled, drop_path=drop_path)
+        for what in ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads"):
+            if self.config[what] < 1:
+                raise InputError(f"{what} is {self.config[what]}: it must be at least 1.")
+        if img_size % patch_size:
+            raise InputError(f"img_size {img_size} is not a multiple of patch_size {patch_size}: "
+                             f"take {max(1, round(img_size / patch_size)) * patch_size}, say.")
+        if embed_dim % num_heads:
+            raise InputError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}.")
+        T = self.num_tokens = 2 if distilled else 1
+        N = T + (img_size // patch_size) ** 2
+        self.patch_embed = PatchEmbed(patch_size, embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        if distilled:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, N, embed_dim))
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes)
+        if distilled:
+            self.head_dist = nn.Linear(embed_dim, num_classes)
+        for name, p in self.named_parameters():
+            if name.endswith(("_token", "pos_embed")):
+                nn.init.trunc_normal_(p, std=0.02)
+        self.apply(init_linear)
+
+    def embed(self, images):
+        """(B, 3, S, S) -> (B, N, D): special tokens, then patches, plus position embedding."""
+        B, C, H, W = images.shape
+        S = self.config["img_size"]
+        if (C, H, W) != (3, S, S):
+            raise InputError(f"images are {C} x {H} x {W}, this model takes 3 x {S} x {S}: resize "
+                             f"them, or create it with img_size={H}.")
+        tokens = [self.cls_token, self.dist_token] if self.num_tokens == 2 else [self.cls_token]
+        x = [t.expand(B, -1, -1) for t in tokens]                 # (B, 1, D) each
+        x = torch.cat(x + [self.patch_embed(images)], dim=1)      # (B, N, D)
+        return x + self.pos_embed
+
+    def features(self, images, n=None):
+        """(B, 3, S, S) -> (B, N, D) after the last norm; given n, (B, n, D) of the first n tokens
+        only, for which the last block computes nothing of the others but their keys and values."""
+        x = self.embed(images)                                    # (B, N, D)
+        for block in self.blocks[:-1]:
+            x = block(x)                                          # (B, N, D)
+        x = self.blocks[-1](x, n)                                 # (B, n, D)
+        return self.norm(x)
+
+    def heads(self, images):
+        """(B, 3, S, S) -> class logits (B, K) and distillation logits (B, K), in either mode. A
+        model without distillation token gives its class logits twice."""
+        x = self.features(images, self.num_tokens)                # (B, T, D)
+        cls_logits = self.head(x[:, 0])                           # (B, K)
+        return cls_logits, self.head_dist(x[:, 1]) if self.num_tokens == 2 else cls_logits
+
+    def forward(self, images):
+        """(B, 3, S, S) -> logits (B, K), of a distilled model the mean of both heads' (the released
+        code's choice; the paper's section 5.1 adds the softmaxes). A distilled model in training
+        returns the pair instead: (class logits, distillation logits), a loss for each."""
+        cls_logits, dist_logits = self.heads(images)
+        if self.num_tokens == 1:
+            return cls_logits
+        return (cls_logits, dist_logits) if self.training else (cls_logits + dist_logits) / 2
+
+
+def init_linear(module):
+    """Truncated normal of deviation 0.02, zero bias; other modules keep PyTorch's defaults."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+# ------------------------------------------------------------------------------------------------
+# The published variants: depth 12 and 64 numbers a head in all. Top-1 as their authors evaluated
+# the released files on ImageNet's validation set; the hash is the start of the file's SHA-256.
+# ------------------------------------------------------------------------------------------------
+
+VARIANTS = {
+    # name                                D  heads   S  distilled  parameters   top-1    hash
+    "deit_tiny_patch16_224":            (192,    3,   224,     False,     5717416, 72.202, "a1311bcf"),
+    "deit_small_patch16_224":           (384,    6,   224,     False,    22050664, 79.854, "cd65a155"),
+    "deit_base_patch16_224":            (768,   12,   224,     False,    86567656, 81.846, "b5f2ef4d"),
+    "deit_tiny_distilled_patch16_224":  (192,    3,   224,      True,     5910800, 74.476, "b40b3cf7"),
+    "deit_small_distilled_patch16_224": (384,    6,   224,      True,    22436432, 81.164, "649709d9"),
+    "deit_base_distilled_patch16_224":  (768,   12,   224,      True,    87338192, 83.372, "df68dfff"),
+    "deit_base_patch16_384":            (768,   12,   384,     False,    86859496, 82.890, "8de9b5d1"),
+    "deit_base_distilled_patch16_384":  (768,   12,   384,      True,    87630032, 85.224, "d0272ac0"),
+}
+RELEASES = "https://dl.fbaipublicfiles.com/deit/"
+
+
+def create_model(name, *, pretrained=False, **overrides):
+    """One of the eight published variants, in training mode, with random weights or the released
+    ones (downloaded once, hash checked). Overrides: num_classes, img_size, patch_size, embed_dim,
+    depth, num_heads, distilled, drop_path. Raises InputError for an unknown name or bad numbers."""
+    if name not in VARIANTS:
+        raise InputError(f"'{name}' is no DeiT; the known ones are {', '.join(VARIANTS)}.")
+    embed_dim, num_heads, img_size, distilled = VARIANTS[name][:4]
+    config = dict(embed_dim=embed_dim, num_heads=num_heads, img_size=img_size, distilled=distilled)
+    model = DeiT(**config | overrides)
+    if pretrained:
+        load_weights(model, name)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights: from a file, a URL, a published name or a state dict; nothing that is loaded can run code
+# ------------------------------------------------------------------------------------------------
+
+def fetch(url):
+    """Downloads into torch.hub's cache unless it is there, and returns the path. A hash in the file
+    name (-1234abcd.pth) must match; a download that fails leaves no file behind."""
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        sha256 = re.search(r"-([0-9a-f]{8,64})\.", os.path.basename(url))
+        try:
+            torch.hub.download_url_to_file(url, path, sha256 and sha256[1], sys.stderr.isatty())
+        except (OSError, ValueError, RuntimeError) as e:   # no network, no such URL, wrong hash
+            raise InputError(f"{url} could not be downloaded ({e}): fetch it elsewhere, then give "
+                             "the file's path.") from e
+    return path
+
+
+def read_checkpoint(source):
+    """A checkpoint's dict, with its state dict under "model", from a path, URL or published name.
+
+    Reads what the official code, timm (a bare state dict) and train.py write. Raises InputError
+    when there is no such file, or when it is broken or holds anything but plain values and tensors.
+    """
+    source = path = os.fspath(source)
+    if source in VARIANTS:
+        path = fetch(f"{RELEASES}{source}-{VARIANTS[source][-1]}.pth")
+    elif re.match(r"(https?|file)://", source):
+        path = fetch(source)
+    elif not os.path.isfile(source):
+        raise InputError(f"'{source}' is neither a file nor a URL nor a published name "
+                         f"({', '.join(VARIANTS)}).")
+    try:
+        if zipfile.is_zipfile(path):   # torch.load checks no CRC: flipped bits would load silently
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():
+                    raise InputError(f"{path} is damaged (a checksum does not match): get it anew.")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, KeyError, ValueError, zipfile.BadZipFile,
+            pickle.UnpicklingError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f"{path} is no checkpoint that can be read safely: it is damaged, or "
+                         f"holds more than tensors and values ({type(e).__name__}).") from e
+    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("model"), dict)):
+        checkpoint = {"model": checkpoint}
+    state = checkpoint["model"]
+    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+        raise InputError(f"{path} holds no state dict (names and tensors), neither as a whole nor "
+                         "under 'model'.")
+    return checkpoint
+
+
+def resize_pos_embed(pos_embed, model):
+    """pos_embed (1, T + g*g, D) of a checkpoint -> (1, N, D) of this model: the tokens' part is
+    kept, the patches' grid interpolated bicubically (paper, section 3); same sizes: untouched."""
+    T, G = model.num_tokens, model.config["img_size"] // model.config["patch_size"]
+    g = math.isqrt(max(0, pos_embed.shape[1] - T))
+    if g == G or g * g + T != pos_embed.shape[1]:
+        return pos_embed                                          # fits, or load_weights refuses it
+    tokens, grid = pos_embed.float().split([T, g * g], dim=1)
+    grid = grid.unflatten(1, (g, g)).permute(0, 3, 1, 2)          # (1, D, g, g)
+    grid = F.interpolate(grid, size=(G, G), mode="bicubic", align_corners=False)
+    return torch.cat([tokens, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def head_names(model):
+    """The names of the layers whose output is class logits."""
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return [n for n in linears if n in ("head", "head_dist")] or linears[-1:]
+
+
+def load_weights(model, source, *, new_heads=True, say=print):
+    """Loads a path, URL, published name, read checkpoint or state dict into the model, strictly.
+
+    A DeiT's position embedding is resized to the model's; heads of another class count start anew
+    and `say` is told so (new_heads=False: they are refused). Raises InputError when the
+    architectures differ.
+    """
+    what = source if isinstance(source, (str, os.PathLike)) else "the state dict"
+    state = source if isinstance(source, dict) else read_checkpoint(source)
+    state = state["model"] if isinstance(state.get("model"), dict) else state
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
+    own = model.state_dict()
+    if isinstance(model, DeiT) and "pos_embed" in state:
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], model)
+    for head in head_names(model):
+        there, here = state.get(f"{head}.weight"), own[f"{head}.weight"]
+        if there is None or there.shape == here.shape or there.shape[1:] != here.shape[1:]:
+            continue
+        if not new_heads:
+            raise InputError(f"{what} knows {len(there)} classes, {len(here)} are asked for.")
+        say(f"{what}: {head} has {len(there)} classes, not {len(here)}: it starts anew.")
+        init_linear(model.get_submodule(head))
+        state.update({key: own[key] for key in (f"{head}.weight", f"{head}.bias")})
+    wrong = [f"{key} is missing" for key in own.keys() - state.keys()]
+    wrong += [f"{key} is too much" for key in state.keys() - own.keys()]
+    wrong += [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
+              for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if wrong:
+        raise InputError(f"{what} is of another architecture: {', '.join(sorted(wrong)[:3])}"
+                         f"{', ...' if len(wrong) > 3 else ''}.")
+    model.load_state_dict(state)
+
+
+def config_from_shapes(state):
+    """The arguments of DeiT, read off the shapes of an official or timm state dict."""
+    try:
+        embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+        distilled = "dist_token" in state
+        G = math.isqrt(state["pos_embed"].shape[1] - 1 - distilled)
+        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        return dict(img_size=G * patch_size, patch_size=patch_size, embed_dim=embed_dim,
+                    depth=depth, num_heads=embed_dim // 64,   # 64 a head in every published model
+                    num_classes=len(state["head.weight"]), distilled=distilled)
+    except (KeyError, ValueError) as e:
+        raise InputError(f"the state dict is not of a DeiT ({e} is missing or odd).") from e
+
+
+def load_model(source, *, say=print, **overrides):
+    """A model in evaluation mode from a checkpoint of train.py (which names its architecture), an
+    official or timm file (architecture read off its shapes), or a published name. `.classes` is the
+    list of class names, or None. Overrides as in create_model. Raises InputError."""
+    checkpoint = read_checkpoint(source)
+    config = checkpoint.get("config") or config_from_shapes(checkpoint["model"])
+    model = create_classifier(**config | overrides)
+    load_weights(model, checkpoint, say=say)
+    model.classes = checkpoint.get("classes")
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------
+# The teacher: any torchvision classifier (the paper's is regnet_y_16gf), or a DeiT
+# ------------------------------------------------------------------------------------------------
+
+def torchvision_models():
+    """The one place where torchvision comes in."""
+    try:
+        import torchvision.models
+    except ImportError as e:
+        raise InputError(f"torchvision is needed here but cannot be imported ({e}): pip install "
+                         "torchvision, or go without a teacher (--distillation none).") from e
+    return torchvision.models
+
+
+def create_classifier(name=None, num_classes=1000, **overrides):
+    """A DeiT (of the given name, or of overrides alone), or a torchvision classifier by its name;
+    "regnet_demo" is a very small RegNet for very small images. Random weights, training mode."""
+    if name is None:
+        return DeiT(num_classes=num_classes, **overrides)
+    if name in VARIANTS:
+        return create_model(name, num_classes=num_classes, **overrides)
+    img_size = overrides.pop("img_size", 224)   # which it need not know, but its users
+    models = torchvision_models()
+    if name not in models.list_models(module=models) and name != "regnet_demo":
+        raise InputError(f"'{name}' is neither one of torchvision's classifiers (regnet_y_16gf, "
+                         f"resnet50, ...) nor a DeiT ({', '.join(VARIANTS)}).")
+    if overrides:
+        raise InputError(f"{next(iter(overrides))} is for DeiT, it cannot be set for '{name}'.")
+    if name == "regnet_demo":
+        parameters = models.regnet.BlockParams(
+            depths=[1, 1, 2, 2], widths=[32, 64, 128, 192], group_widths=[16] * 4,
+            bottleneck_multipliers=[1.0] * 4, strides=[1, 2, 2, 2], se_ratio=0.25)
+        model = models.RegNet(parameters, num_classes=num_classes, stem_width=32)
+    else:
+        model = models.get_model(name, weights=None, num_classes=num_classes)
+    if getattr(model, "aux_logits", False):
+        raise InputError(f"'{name}' has auxiliary heads: take a classifier with one output.")
+    model.config = dict(num_classes=num_classes, img_size=img_size)
+    return model.to(memory_format=torch.channels_last)
+
+
+def both_heads(model, images):
+    """Class logits and distillation logits of a DeiT; of any other classifier its logits twice."""
+    if isinstance(model, DeiT):
+        return model.heads(images)
+    logits = model(images)
+    return logits, logits
+
+
+def fold_batch_norms(model):
+    """Merges each convolution with the batch norm behind it (neighbours in a Sequential) into one
+    convolution, in place: in evaluation mode both are linear, so the function stays the same."""
+    for parent in model.modules():
+        children = list(parent.named_children()) if isinstance(parent, nn.Sequential) else []
+        for (name, conv), (next_name, norm) in zip(children, children[1:]):
+            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, next_name, nn.Identity())
+
+
+class Teacher(nn.Module):
+    """A frozen classifier: (B, 3, S, S) -> logits (B, K), without gradient, and in evaluation mode
+    whatever the caller says: in training mode its batch norms would drift."""
+
+    def __init__(self, model, classes=None):
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.classes = classes
+        self.training = False
+
+    def train(self, mode=True):
+        return self
+
+    @torch.no_grad()
+    def forward(self, images):
+        dtype = next(self.model.parameters()).dtype
+        return self.model(images.to(dtype, memory_format=torch.channels_last))
+
+
+def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000, *, img_size=None):
+    """A frozen Teacher: a torchvision classifier by name, or one of the eight DeiT names.
+
+    weights: one of torchvision's names for that model (downloaded once, hash checked), a file (a
+    plain state dict, or a checkpoint of train.py), or None for random ones. img_size: the side of
+    the images it will see, which a DeiT must know. Raises InputError: unknown name or weights,
+    torchvision missing, another architecture, a class count other than num_classes.
+    """
+    if name in VARIANTS:
+        size = {} if img_size is None else {"img_size": img_size}
+        if weights is None:
+            return Teacher(create_model(name, num_classes=num_classes, **size))
+        if weights == "IMAGENET1K_V2":
+            weights = name   # a published DeiT's own ImageNet weights
+        model = load_model(weights, **size)
+        if not isinstance(model, DeiT) or model.config["num_classes"] != num_classes:
+            raise InputError(f"the teacher in {weights} is no DeiT of {num_classes} classes.")
+        return Teacher(model, model.classes)
+    model, classes = create_classifier(name, num_classes).eval(), None
+    models = torchvision_models()
+    known = [] if name == "regnet_demo" else list(models.get_model_weights(name).__members__)
+    if weights in known:
+        if num_classes != 1000:
+            raise InputError(f"the teacher {name} {weights} knows ImageNet's 1000 classes, the "
+                             f"data have {num_classes}: train a teacher on them (--model {name}), "
+                             "then give its best.pt as weights.")
+        chosen = models.get_model_weights(name)[weights]
+        try:
+            state = chosen.get_state_dict(check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as e:
+            raise InputError(f"{chosen.url} could not be downloaded ({e}): fetch it elsewhere, "
+                             "then give the file's path as weights.") from e
+        load_weights(model, state, new_heads=False)
+    elif weights is not None:
+        if not os.path.isfile(weights):
+            raise InputError(f"teacher weights '{weights}' are neither a file nor one of {name}'s "
+                             f"({', '.join(known) or 'none'}).")
+        checkpoint = read_checkpoint(weights)
+        load_weights(model, checkpoint, new_heads=False)
+        classes = checkpoint.get("classes")
+    folded = copy.deepcopy(model)
+    fold_batch_norms(folded)
+    side = getattr(model, "image_size", 224)   # of a torchvision transformer, which takes no other
+    probe = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        same = torch.allclose(folded(probe), model(probe), rtol=1e-4, atol=1e-4)
+    return Teacher(folded if same else model, classes)
+
+
+# ------------------------------------------------------------------------------------------------
+# The losses (paper, section 4), pure functions of logits, in float32 also under autocast.
+#   soft  (1 - alpha) CE(cls, y) + alpha tau^2 KL(softmax(teacher/tau) || softmax(dist/tau))  eq. 2
+#   hard  (1 - alpha) CE(cls, y) + alpha CE(dist, argmax teacher)                             eq. 3
+# ------------------------------------------------------------------------------------------------
+
+def hard_distillation_loss(dist_logits, teacher_logits):
+    """Cross-entropy (B, K), (B, K) -> scalar against the class that the teacher finds likeliest."""
+    return F.cross_entropy(dist_logits.float(), teacher_logits.argmax(dim=1))
+
+
+def soft_distillation_loss(dist_logits, teacher_logits, tau):
+    """tau^2 KL(teacher || student) at temperature tau: (B, K), (B, K) -> scalar, sum over classes,
+    mean over the batch (the released code also divides by K, which switches the term off). The
+    square keeps the gradient's scale, since each softmax's gradient shrinks by tau."""
+    student = F.log_softmax(dist_logits.float() / tau, dim=1)
+    teacher = F.log_softmax(teacher_logits.float() / tau, dim=1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * tau**2
+
+
+def distillation_loss(cls_logits, dist_logits, targets, teacher_logits, mode="hard", alpha=None,
+                      tau=3.0):
+    """(1 - alpha) cross-entropy of the class head + alpha distillation of the other: a scalar.
+
+    Logits are (B, K); targets are class indices (B,) or probabilities (B, K). mode: "hard", "soft",
+    or "none" (cross-entropy alone; teacher_logits may be None). alpha None means 0.5 for hard, 0.1
+    for soft (paper, section 5). A student without distillation token passes its class logits twice.
+    """
+    if mode not in ("hard", "soft", "none"):
+        raise InputError(f"distillation mode '{mode}' is none of hard, soft, none.")
+    base = F.cross_entropy(cls_logits.float(), targets)
+    if mode == "none":
+        return base
+    if mode == "hard":
+        distillation = hard_distillation_loss(dist_logits, teacher_logits)
+        alpha = 0.5 if alpha is None else alpha
+    else:
+        distillation = soft_distillation_loss(dist_logits, teacher_logits, tau)
+        alpha = 0.1 if alpha is None else alpha
+    return (1 - alpha) * base + alpha * distillation
+
+
+# ------------------------------------------------------------------------------------------------
+# From a photo to the model's input, and the command line
+# ------------------------------------------------------------------------------------------------
+
+def to_rgb(image):
+    """Any Pillow image as RGB. Transparency is dropped and EXIF rotation not applied, as in the
+    recipe; 16-bit grey keeps its upper 8 bits (Pillow's own conversion would clip it to white)."""
+    if image.mode.startswith("I"):
+        image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def center_view(image, size):
+    """The evaluation's view of a Pillow image, (size, size) RGB: the short side to size / 0.875,
+    bicubic, then the central square; exactly torchvision's Resize and CenterCrop."""
+    from PIL import Image
+    image, short = to_rgb(image), int(size / CROP_RATIO)
+    w, h = (max(short, int(short * side / min(image.size))) for side in image.size)
+    left, top = round((w - size) / 2), round((h - size) / 2)
+    resized = image.resize((w, h), Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def to_tensor(view):
+    """An RGB Pillow image -> (1, 3, S, S), floats normalised by ImageNet's mean and deviation."""
+    import numpy as np
+    x = torch.from_numpy(np.array(view)).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (x - mean) / std
+
+
+def print_walk(name="deit_tiny_distilled_patch16_224"):
+    """Sends two images through a model without memory or arithmetic and prints each shape."""
+    with torch.device("meta"):
+        model, images = create_model(name), torch.empty(2, 3, 224, 224)
+    print(f"\nThe walk of {name}, B = 2:\n  {'images':16s}{tuple(images.shape)}")
+    for title, module in (("patch_embed", model.patch_embed), ("blocks.0", model.blocks[0]),
+                          ("  attn.qkv", model.blocks[0].attn.qkv), ("  mlp.fc1", model.blocks[0].mlp.fc1),
+                          ("blocks.10", model.blocks[-2]), ("blocks.11", model.blocks[-1]),
+                          ("norm", model.norm), ("head", model.head), ("head_dist", model.head_dist)):
+        module.register_forward_hook(
+            lambda module, x, y, title=title: print(f"  {title:16s}{tuple(y.shape)}"))
+    model(images)
+
+
+def classify(path, weights):
+    """Prints the five likeliest classes of a photo by each head and by both."""
+    from PIL import Image
+    model = load_model(weights)
+    try:
+        with Image.open(path) as image:
+            x = to_tensor(center_view(image, model.config["img_size"]))
+    except Exception as e:   # Pillow raises OSError, SyntaxError, ValueError and more
+        raise InputError(f"{path} cannot be read as an image ({e}).") from e
+    with torch.inference_mode():
+        heads = both_heads(model, x)
+    names = model.classes
+    if names is None and heads[0].shape[1] == 1000:
+        try:
+            names = torchvision_models().ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+        except InputError:
+            pass   # numbers will do
+    for title, logits in zip(("class head", "distillation head", "both"), (*heads, sum(heads) / 2)):
+        print(title)
+        for p, k in zip(*logits[0].softmax(0).topk(min(5, logits.shape[1]))):
+            print(f"  {100 * p:5.1f} %  {names[k] if names else f'class {k}'}")
+        if isinstance(model, DeiT) and model.num_tokens == 1:
+            break   # there is only one head
+
+
+def main(argv=None):
+    import argparse
+    parser = argparse.ArgumentParser(description="Without arguments: the variants and the shapes.")
+    parser.add_argument("photo", nargs="?", help="an image file to classify")
+    parser.add_argument("--weights", default="deit_tiny_distilled_patch16_224",
+                        help="checkpoint of train.py, official or timm file, URL or published name")
+    args = parser.parse_args(argv)
+    try:
+        if args.photo:
+            return classify(args.photo, args.weights)
+    except InputError as e:
+        raise SystemExit(f"deit.py: {e}") from None
+    print(f"{'name':34s}{'D':>5s}{'heads':>7s}{'S':>5s}{'parameters':>12s}{'top-1 (published)':>20s}")
+    for name, (embed_dim, num_heads, img_size, _, _, top1, _) in VARIANTS.items():
+        with torch.device("meta"):
+            count = sum(p.numel() for p in create_model(name).parameters())
+        print(f"{name:34s}{embed_dim:5d}{num_heads:7d}{img_size:5d}{count:12,d}{top1:20.3f}")
+    print_walk()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,980 @@
+"""What deit.py and train.py promise, one claim a test: `python test_deit.py [part of a name ...]`.
+
+On the CPU, without network, in about two minutes; pytest collects the functions too. Witnesses from
+outside where there are any: PyTorch's own attention and encoder layer, torchvision's transforms and
+models, values worked by hand, two processes against one. Letters as in deit.py.
+"""
+import atexit
+import contextlib
+import functools
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import deit
+import train
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TI = "deit_tiny_distilled_patch16_224"
+SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
+SMALL_FLAGS = ("--img-size 32 --patch-size 8 --embed-dim 32 --depth 2 --num-heads 2 --workers 0 "
+               "--amp off --device cpu").split()
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@contextlib.contextmanager
+def raises(phrase, kind=deit.InputError):
+    """The block ends in one sentence that holds the phrase."""
+    try:
+        yield
+    except kind as e:
+        assert phrase in str(e), f"said {str(e)!r}, without {phrase!r}"
+        assert "\n" not in str(e), f"more than a line: {e}"
+    else:
+        raise AssertionError(f"nothing refused; {phrase!r} was expected")
+
+
+@contextlib.contextmanager
+def patched(owner, name, value):
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
+
+
+def quiet(function, *args, **kwargs):
+    """(what the function returned, what it printed)"""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        result = function(*args, **kwargs)
+    return result, out.getvalue()
+
+
+@contextlib.contextmanager
+def temporary():
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
+def draw_images(folder, train_count=12, val_count=5, classes=("1", "10", "2")):
+    """train/ and val/ of coloured noise, a hue a class, as JPEG."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train_count), ("val", val_count)):
+        for label, name in enumerate(classes):
+            os.makedirs(os.path.join(folder, split, name))
+            for i in range(count):
+                pixels = rng.integers(0, 120, (40 + i % 3, 48, 3))
+                pixels[..., label % 3] += 120
+                image = Image.fromarray(pixels.astype(np.uint8))
+                image.save(os.path.join(folder, split, name, f"{i}.JPEG"))
+    return folder
+
+
+@functools.cache
+def shared_images():
+    """One data set for the tests that only read it; removed at exit."""
+    folder = tempfile.TemporaryDirectory()
+    draw_images(folder.name)
+    atexit.register(folder.cleanup)
+    return folder.name
+
+
+def cpu(rank=0, world=1, workers=0):
+    """An Environment without flags."""
+    return types.SimpleNamespace(rank=rank, world=world, workers=workers, device=torch.device("cpu"),
+                                 autocast=contextlib.nullcontext)
+
+
+# ------------------------------------------------------------------------------------------------
+# The network
+# ------------------------------------------------------------------------------------------------
+
+def test_parameter_counts_are_the_published_ones():
+    for name, variant in deit.VARIANTS.items():
+        with torch.device("meta"):
+            count = sum(p.numel() for p in deit.create_model(name).parameters())
+        assert count == variant[4], name
+
+
+def test_attention_is_pytorchs_multihead_attention():
+    B, N, D, h = 2, 5, 12, 3
+    ours, theirs = deit.Attention(D, h), torch.nn.MultiheadAttention(D, h, batch_first=True)
+    theirs.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
+                            "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})
+    x = torch.randn(B, N, D)
+    expected = theirs(x, x, x, need_weights=False)[0]
+    close(ours(x), expected)
+    with patched(deit.Attention, "fused", False):
+        close(ours(x), expected)
+        close(ours(x, 2), expected[:, :2])
+    close(ours(x, 2), expected[:, :2])
+
+
+def test_block_is_pytorchs_encoder_layer():
+    D, h = 12, 3
+    ours = deit.Block(D, h)
+    theirs = torch.nn.TransformerEncoderLayer(D, h, 4 * D, 0.0, "gelu", 1e-6, True, norm_first=True)
+    for mine, other in ((ours.attn.qkv, theirs.self_attn), (ours.attn.proj, theirs.self_attn.out_proj),
+                        (ours.mlp.fc1, theirs.linear1), (ours.mlp.fc2, theirs.linear2),
+                        (ours.norm1, theirs.norm1), (ours.norm2, theirs.norm2)):
+        prefix = "in_proj_" if mine is ours.attn.qkv else ""
+        getattr(other, prefix + "weight").data = torch.nn.init.normal_(mine.weight, std=0.3).data
+        getattr(other, prefix + "bias").data = torch.nn.init.normal_(mine.bias).data
+    x = torch.randn(2, 5, D)
+    close(ours(x), theirs(x))
+
+
+def test_last_blocks_short_cut_changes_no_logit_and_no_gradient():
+    model, x = deit.create_model(TI, **SMALL), torch.randn(3, 3, 32, 32)
+    T = 2
+    short, full = model.features(x, T), model.features(x)
+    assert full.shape == (3, T + 16, 32)
+    close(short, full[:, :T])
+    grads = [torch.autograd.grad(f.square().sum(), model.parameters(), allow_unused=True)
+             for f in (short, full[:, :T])]
+    for a, b in zip(*grads):
+        assert (a is None) == (b is None)
+        if a is not None:
+            close(a, b, 1e-4)
+
+
+def test_forward_returns_what_its_mode_promises():
+    x = torch.randn(2, 3, 32, 32)
+    model = deit.create_model(TI, **SMALL)
+    cls, dis = model(x)
+    assert cls.shape == dis.shape == (2, 7) and not torch.allclose(cls, dis)
+    close(model.eval()(x), (cls + dis) / 2)
+    close(model.heads(x)[1], dis)
+    plain = deit.create_model("deit_tiny_patch16_224", **SMALL)
+    assert plain(x).shape == (2, 7)
+    close(plain.heads(x)[0], plain.heads(x)[1])
+
+
+def test_position_and_token_order():
+    """Tokens come first, class before distillation, then patches row by row."""
+    model = deit.create_model(TI, **SMALL)
+    images = torch.zeros(1, 3, 32, 32)
+    images[..., 8:16, 24:32] = 1                                  # patch of row 1, column 3
+    x = model.embed(images) - model.pos_embed
+    close(x[0, 0], model.cls_token[0, 0])
+    close(x[0, 1], model.dist_token[0, 0])
+    proj = model.patch_embed.proj
+    changed = ((x[0, 2:] - proj.bias).abs().sum(1) > 1e-3).nonzero()[:, 0]
+    assert changed.tolist() == [1 * 4 + 3]
+    close(x[0, 2 + 7], proj.weight.sum((1, 2, 3)) + proj.bias)
+
+
+def test_initial_weights_follow_the_released_code():
+    model = deit.create_model(TI)
+    for p in (model.cls_token, model.dist_token, model.pos_embed, model.blocks[3].mlp.fc1.weight):
+        assert p.abs().max() <= 2 and 0.015 < p.std() < 0.025
+    assert model.head.bias.abs().max() == 0
+    assert (model.patch_embed.proj.weight.std() - 1 / math.sqrt(3 * 768)).abs() < 2e-3   # PyTorch's
+
+
+def test_drop_path_is_linear_over_depth_per_sample_and_keeps_the_mean():
+    model = deit.create_model(TI, drop_path=0.1, depth=12)
+    close(torch.tensor([b.drop_path for b in model.blocks]), torch.linspace(0, 0.1, 12))
+    block = deit.Block(8, 2, drop_path=0.25)
+    x, branch = torch.zeros(20000, 3, 8), torch.ones(20000, 3, 8)
+    y = block.add(x, branch)
+    assert set(y.unique().tolist()) == {0.0, 1 / 0.75 if 1 / 0.75 in y.tolist()[0] else y.max().item()}
+    assert (y == y[:, :1, :1]).all(), "whole samples are dropped"
+    assert abs(y.mean() - 1) < 0.02
+    assert (block.eval().add(x, branch) == 1).all()
+
+
+def test_one_batch_is_learned_by_heart():
+    torch.manual_seed(0)
+    model = deit.create_model(TI, **SMALL)
+    x, y, t = torch.randn(8, 3, 32, 32), torch.arange(8) % 7, torch.randn(8, 7)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = deit.distillation_loss(*model(x), y, t)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    cls, dis = model(x)
+    assert (cls.argmax(1) == y).all() and (dis.argmax(1) == t.argmax(1)).all()
+
+
+# ------------------------------------------------------------------------------------------------
+# The losses
+# ------------------------------------------------------------------------------------------------
+
+TEACHER = torch.tensor([[0.7, 0.2, 0.1]]).log()
+
+
+def test_soft_loss_on_values_worked_by_hand():
+    far, near = torch.tensor([[0.4, 0.4, 0.2]]).log(), torch.tensor([[0.65, 0.25, 0.10]]).log()
+    by_hand = 0.7 * math.log(0.7 / 0.4) + 0.2 * math.log(0.2 / 0.4) + 0.1 * math.log(0.1 / 0.2)
+    assert abs(by_hand - 0.1838) < 5e-5
+    soft = deit.soft_distillation_loss
+    assert abs(soft(far, TEACHER, 1.0) - 0.1838) < 5e-5
+    assert abs(soft(near, TEACHER, 1.0) - 0.0072) < 5e-5
+    assert abs(soft(TEACHER, TEACHER, 3.0)) < 1e-6
+    # mean over the batch, not over batch x classes; shifts of the logits do not matter
+    close(soft(far.repeat(4, 1) + 5, TEACHER.repeat(4, 1) - 2, 1.0), soft(far, TEACHER, 1.0))
+    # tau: by hand from p^(1/tau), normalised
+    p, q = (v.exp().numpy()[0] ** (1 / 3.0) for v in (TEACHER, far))
+    p, q = p / p.sum(), q / q.sum()
+    assert abs(soft(far, TEACHER, 3.0) - 9 * (p * np.log(p / q)).sum()) < 1e-5
+
+
+def test_hard_loss_is_cross_entropy_against_the_teachers_choice():
+    student = torch.tensor([[0.4, 0.4, 0.2], [0.1, 0.2, 0.7]]).log()
+    teacher = torch.tensor([[9.0, 1.0, 0.0], [0.0, 5.0, 1.0]])
+    close(deit.hard_distillation_loss(student, teacher),
+          torch.tensor(-(math.log(0.4) + math.log(0.2)) / 2))
+
+
+def test_combined_loss_weights_and_targets():
+    cls, dis, t = torch.randn(3, 4, 5).unbind(0)
+    y = torch.tensor([0, 4, 2, 2])
+    ce, hard, soft = F.cross_entropy(cls, y), F.cross_entropy(dis, t.argmax(1)), deit.soft_distillation_loss
+    loss = deit.distillation_loss
+    close(loss(cls, dis, y, t), (ce + hard) / 2)
+    close(loss(cls, dis, y, t, "hard", 0.2), 0.8 * ce + 0.2 * hard)
+    close(loss(cls, dis, y, t, "soft"), 0.9 * ce + 0.1 * soft(dis, t, 3.0))
+    close(loss(cls, dis, y, t, "soft", 0.5, 2.0), 0.5 * ce + 0.5 * soft(dis, t, 2.0))
+    close(loss(cls, dis, y, None, "none"), ce)
+    close(loss(cls, dis, F.one_hot(y, 5).float(), t), (ce + hard) / 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss(cls.bfloat16(), dis.bfloat16(), y, t.bfloat16(), "soft").dtype == torch.float32
+    with raises("none of hard, soft, none"):
+        loss(cls, dis, y, t, "medium")
+
+
+def test_each_loss_reaches_its_own_head_and_nothing_reaches_the_teacher():
+    model = deit.create_model(TI, **SMALL)
+    teacher = deit.load_teacher("regnet_demo", None, 7)
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    for alpha, reached, untouched in ((0.0, model.head, model.head_dist), (1.0, model.head_dist, model.head)):
+        for mode in ("hard", "soft"):
+            model.zero_grad()
+            deit.distillation_loss(*model(x), y, teacher(x), mode, alpha).backward()
+            assert reached.weight.grad.abs().max() > 0
+            assert untouched.weight.grad.abs().max() == 0
+            assert model.dist_token.grad.abs().max() > 0   # both tokens talk in every layer
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights
+# ------------------------------------------------------------------------------------------------
+
+def test_official_and_timm_files_load_strictly_and_tell_their_architecture():
+    model = deit.create_model(TI, num_classes=5, depth=2).eval()
+    x = torch.randn(1, 3, 224, 224)
+    state = model.state_dict()
+    with temporary() as folder:
+        path = os.path.join(folder, "w.pth")
+        prefixed = {"module._orig_mod." + k: v for k, v in state.items()}
+        for content in ({"model": state}, state, prefixed):
+            torch.save(content, path)
+            other = deit.create_model(TI, num_classes=5, depth=2).eval()
+            deit.load_weights(other, path)
+            close(other(x), model(x), 0)
+        torch.save(state, path)
+        read, _ = quiet(deit.load_model, path)
+        assert read.config["depth"] == 2 and read.config["num_heads"] == 3 and not read.training
+        close(read(x), model(x), 0)
+        with raises("another architecture"):
+            deit.load_weights(deit.create_model("deit_tiny_patch16_224", num_classes=5, depth=2), path)
+        with raises("blocks.2"):
+            deit.load_weights(deit.create_model(TI, num_classes=5, depth=3), path)
+
+
+def test_heads_of_another_class_count_start_anew_and_it_is_said():
+    source, said = deit.create_model(TI, **SMALL), []
+    model = deit.create_model(TI, **SMALL | {"num_classes": 4})
+    deit.load_weights(model, source.state_dict(), say=said.append)
+    assert len(said) == 2 and "head_dist has 7 classes, not 4" in said[1]
+    close(model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight, 0)
+    assert model.head.weight.shape == (4, 32)
+    with raises("knows 7 classes, 4 are asked for"):
+        deit.load_weights(model, source.state_dict(), new_heads=False)
+
+
+def test_position_embedding_is_resized_bicubically_with_its_tokens_kept():
+    model = deit.create_model(TI, **SMALL | {"img_size": 64})     # G = 8, from 4
+    old = torch.randn(1, 2 + 16, 32)
+    new = deit.resize_pos_embed(old, model)
+    assert new.shape == (1, 2 + 64, 32)
+    close(new[:, :2], old[:, :2], 0)
+    same = deit.create_model(TI, **SMALL)
+    assert deit.resize_pos_embed(old, same) is old
+    # One inner point by hand: row 3 of 8 lies at (3 + 0.5) / 2 - 0.5 = 1.25 of 4, between 1 and 2
+
+    def kernel(t, a=-0.75):   # Keys' cubic convolution
+        t = abs(t)
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1 if t <= 1 else a * (t**3 - 5 * t**2 + 8 * t - 4)
+
+    weights = torch.tensor([kernel(1.25 - j) for j in range(4)])
+    grid = old[0, 2:].view(4, 4, 32)
+    expected = torch.einsum("i,j,ijd->d", weights, weights, grid)
+    close(new[0, 2:].view(8, 8, 32)[3, 3], expected)
+
+
+@contextlib.contextmanager
+def serve(folder):
+    """A web server of the folder on localhost; its address."""
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=folder)) as s:
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{s.server_port}/"
+        s.shutdown()
+
+
+def test_published_weights_are_downloaded_once_and_hash_checked():
+    model = deit.create_model(TI).eval()
+    with temporary() as folder, temporary() as cache, serve(folder) as url:
+        torch.save({"model": model.state_dict()}, os.path.join(folder, "w"))
+        with open(os.path.join(folder, "w"), "rb") as f:
+            sha256 = hashlib.sha256(f.read()).hexdigest()[:8]
+        name = f"{TI}-{sha256}.pth"
+        os.rename(os.path.join(folder, "w"), os.path.join(folder, name))
+        variant = deit.VARIANTS[TI]
+        old_hub = torch.hub.get_dir()
+        torch.hub.set_dir(cache)
+        try:
+            with patched(deit, "RELEASES", url):
+                with patched(deit, "VARIANTS", deit.VARIANTS | {TI: (*variant[:-1], "deadbeef")}):
+                    os.link(os.path.join(folder, name), os.path.join(folder, f"{TI}-deadbeef.pth"))
+                    with raises("invalid hash"):
+                        deit.create_model(TI, pretrained=True)
+                    assert os.listdir(os.path.join(cache, "checkpoints")) == []
+                with patched(deit, "VARIANTS", deit.VARIANTS | {TI: (*variant[:-1], sha256)}):
+                    got = deit.create_model(TI, pretrained=True)
+                    close(got.head.weight, model.head.weight, 0)
+                    os.remove(os.path.join(folder, name))
+                    deit.create_model(TI, pretrained=True)        # from the cache now
+            with raises("could not be downloaded"):
+                deit.read_checkpoint(url + "nothing-12345678.pth")
+        finally:
+            torch.hub.set_dir(old_hub)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ("echo boom > /tmp/deit-test-bomb",)
+
+
+def test_files_that_could_run_code_or_are_damaged_are_refused():
+    with temporary() as folder:
+        path = os.path.join(folder, "w.pth")
+        torch.save({"model": Bomb()}, path)
+        with raises("no checkpoint that can be read safely"):
+            deit.read_checkpoint(path)
+        assert not os.path.exists("/tmp/deit-test-bomb")
+        torch.save({"model": {"w": torch.arange(1000.0)}}, path)
+        with open(path, "r+b") as f:
+            whole = f.read()
+            f.seek(whole.index(np.arange(1000, dtype=np.float32).tobytes()) + 400)
+            f.write(b"\x55")
+        with raises("damaged"):
+            deit.read_checkpoint(path)
+        for content in (b"", b"no zip", whole[: len(whole) // 2]):
+            with open(path, "wb") as f:
+                f.write(content)
+            with raises("no checkpoint"):
+                deit.read_checkpoint(path)
+        torch.save([1, 2], path)
+        with raises("no state dict"):
+            deit.read_checkpoint(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# The teacher
+# ------------------------------------------------------------------------------------------------
+
+def trained_looking(model):
+    """Gives batch norms statistics that are not the identity."""
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def test_teacher_is_torchvisions_model_frozen_for_good():
+    import torchvision
+    plain = trained_looking(torchvision.models.regnet_y_400mf())
+    x = torch.randn(2, 3, 64, 64)
+    with temporary() as folder:
+        path = os.path.join(folder, "t.pth")
+        torch.save(plain.state_dict(), path)
+        teacher = deit.load_teacher("regnet_y_400mf", path)
+    before = teacher(x)
+    close(before, plain(x), 1e-4)
+    assert not before.requires_grad
+    student = torch.nn.ModuleDict({"teacher": teacher})
+    student.train()
+    assert not any(m.training for m in teacher.modules())
+    close(teacher(x), before, 0)
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()) == 0   # all folded
+    resnet = deit.load_teacher("resnet18", None, 10)(x)   # few neighbours to fold, still right
+    assert resnet.shape == (2, 10)
+
+
+def test_teacher_is_refused_when_it_does_not_fit():
+    with raises("neither one of torchvision's classifiers"):
+        deit.load_teacher("regnet_z", None)
+    with raises("have 10: train a teacher on them"):
+        deit.load_teacher("regnet_y_400mf", "IMAGENET1K_V2", 10)
+    with raises("IMAGENET1K_V1, IMAGENET1K_V2"):
+        deit.load_teacher("regnet_y_400mf", "IMAGENET21K")
+    with temporary() as folder:
+        path = os.path.join(folder, "t.pth")
+        torch.save(deit.create_classifier("regnet_demo", 4).state_dict(), path)
+        with raises("knows 4 classes, 7 are asked for"):
+            deit.load_teacher("regnet_demo", path, 7)
+        with raises("another architecture"):
+            deit.load_teacher("regnet_y_400mf", path, 4)
+    with patched(deit, "torchvision_models", no_torchvision), raises("pip install torchvision"):
+        deit.load_teacher()
+
+
+def no_torchvision():
+    raise deit.InputError("torchvision is needed here: pip install torchvision.")
+
+
+def test_missing_torchvision_is_said_in_one_sentence():
+    code = ("import sys; sys.modules['torchvision'] = None\nimport deit\n"
+            "try: deit.load_teacher()\nexcept deit.InputError as e: print(e)")
+    out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert "pip install torchvision" in out.stdout and not out.stderr, out
+
+
+def test_a_deit_can_teach():
+    with temporary() as folder:
+        path, model = os.path.join(folder, "t.pth"), deit.create_model(TI, **SMALL).eval()
+        torch.save({"model": model.state_dict(), "config": {"name": TI, **model.config},
+                    "classes": list("abcdefg")}, path)
+        teacher = deit.load_teacher(TI, path, 7)
+        x = torch.randn(2, 3, 32, 32)
+        close(teacher(x), model(x), 0)
+        assert teacher.classes == list("abcdefg")
+        with raises("no DeiT of 5 classes"):
+            deit.load_teacher(TI, path, 5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Schedule and parameter groups
+# ------------------------------------------------------------------------------------------------
+
+def test_schedule_at_its_corners():
+    W, T, peak, low = 5 * 1251, 300 * 1251, 1e-3, 1e-5
+
+    def lr(step):
+        return train.lr_at(step, peak, low, W, T)
+
+    assert lr(0) == 1e-6
+    assert abs(lr(W // 2) - (1e-6 + (peak - 1e-6) * (W // 2) / W)) < 1e-12
+    assert abs(lr(W) - (low + (peak - low) * (1 + math.cos(math.pi * 5 / 300)) / 2)) < 1e-12
+    assert abs(lr(T // 2) - (peak + low) / 2) < 1e-9              # the cosine spans all steps
+    assert abs(lr(T) - low) < 1e-12
+    assert train.lr_at(0, peak, low, 0, T) == peak                # no warm-up
+    assert train.ema_decay_at(0, 0.99996) == 0.1 and train.ema_decay_at(10**7, 0.99996) == 0.99996
+
+
+def test_parameter_groups_are_the_released_ones():
+    model = deit.create_model(TI)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, exempt = ({names[id(p)] for p in g["params"]} for g in train.parameter_groups(model, 0.05))
+    assert len(decayed) + len(exempt) == len(names)
+    assert {"pos_embed", "cls_token", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= exempt
+    assert {"dist_token", "head.weight", "patch_embed.proj.weight", "blocks.11.mlp.fc2.weight"} <= decayed
+    assert len(decayed) == 1 + 1 + 12 * 4 + 2                     # token, patches, blocks, heads
+
+
+# ------------------------------------------------------------------------------------------------
+# Augmentation
+# ------------------------------------------------------------------------------------------------
+
+def noise_image(width=80, height=60, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def test_randaugment_draws_two_of_fifteen_half_the_time_at_level_nine():
+    drawn = []
+    ops = {n: (lambda im, t, s, n=n: drawn.append((n, t, s)) or im) for n in train.RANDAUGMENT}
+    with patched(train, "RANDAUGMENT", ops):
+        for i in range(4000):
+            train.rand_augment(None, 9, train.keyed("test", i))
+    names, levels, signs = zip(*drawn)
+    assert len(train.RANDAUGMENT) == 15 and abs(len(drawn) / 8000 - 0.5) < 0.02
+    assert all(abs(names.count(n) / len(names) - 1 / 15) < 0.015 for n in ops)
+    assert abs(np.mean(levels) - 0.9) < 0.01 and abs(np.std(levels) - 0.048) < 0.01 and max(levels) == 1
+    assert abs(np.mean(signs)) < 0.05
+
+
+def test_randaugment_operations_have_the_recipes_strength():
+    ops, grey = train.RANDAUGMENT, Image.new("RGB", (40, 20), (100, 100, 100))
+
+    def value(op, t, s=1, image=grey):
+        return ops[op](image, t, s).getpixel((20, 10))[0]
+
+    assert value("Invert", 0.9) == 155
+    assert value("Posterize", 0.9) == 0 and value("Posterize", 0.5) == 100 & 0b11000000
+    assert ops["Posterize"](Image.new("RGB", (2, 2), (200,) * 3), 1.0, 1).getpixel((0, 0))[0] == 128
+    assert value("Solarize", 0.5) == 100 and value("Solarize", 0.7) == 155          # 256 - 179 = 77
+    assert value("SolarizeAdd", 0.9) == 100 + 99
+    assert value("Brightness", 0.9, -1) == 19 and value("Brightness", 1.0, -1) == 10   # 0.19, 0.1
+    assert value("Brightness", 0.5) == 145
+    edge = Image.new("RGB", (40, 20), (0, 0, 0))
+    edge.paste((200, 200, 200), (20, 0, 40, 20))                  # bright from x = 20 on
+    assert ops["TranslateX"](edge, 1.0, 1).getpixel((3, 10))[0] == 200    # moved left by 18
+    assert ops["TranslateX"](edge, 1.0, 1).getpixel((30, 10)) == (124, 116, 104)
+    assert ops["ShearX"](edge, 1.0, 1).getpixel((18, 15))[0] == 200       # 0.3 * 15 = 4.5 to the left
+    assert ops["ShearX"](edge, 1.0, 1).getpixel((18, 2))[0] == 0
+    turned = ops["Rotate"](edge, 1.0, 1)
+    close(torch.from_numpy(np.array(turned)), torch.from_numpy(np.array(
+        edge.rotate(30, Image.Resampling.BICUBIC, fillcolor=(124, 116, 104)))), 0)
+
+
+def test_random_crops_keep_area_ratio_and_bounds():
+    from torchvision.transforms import RandomResizedCrop
+    boxes = [train.crop_box(500, 375, train.keyed(i)) for i in range(3000)]
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= 500 and 0 <= top < bottom <= 375
+        assert 0.74 < (right - left) / (bottom - top) < 1.35
+    areas = [(r - l) * (b - t) / (500 * 375) for l, t, r, b in boxes]
+    reference = [RandomResizedCrop.get_params(Image.new("RGB", (500, 375)), (0.08, 1), (3 / 4, 4 / 3))
+                 for _ in range(3000)]
+    expected = [h * w / (500 * 375) for _, _, h, w in reference]
+    assert np.abs(np.quantile(areas, (0.01, 0.25, 0.5, 0.75, 0.99))
+                  - np.quantile(expected, (0.01, 0.25, 0.5, 0.75, 0.99))).max() < 0.04
+    assert train.crop_box(1000, 10, train.keyed(0)) == (493, 0, 506, 10)     # central, ratio 4/3
+    assert train.crop_box(1, 1, train.keyed(0)) == (0, 0, 1, 1)
+
+
+def test_evaluation_view_is_torchvisions_resize_and_centre_crop():
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+    reference = Compose([Resize(256, InterpolationMode.BICUBIC), CenterCrop(224)])
+    smooth = Image.Resampling.BICUBIC
+    for width, height in ((500, 375), (333, 500), (224, 224), (1000, 300), (90, 120)):
+        image = noise_image(width // 4, height // 4).resize((width, height), smooth)
+        a, b = (np.asarray(v).astype(int) for v in (deit.center_view(image, 224), reference(image)))
+        assert a.shape == (224, 224, 3)
+        assert (a == b).all(), (width, height)
+    x = deit.to_tensor(Image.new("RGB", (2, 2), (124, 116, 104)))     # normalisation, worked by hand
+    close(x[0, :, 0, 0], torch.tensor([(124 / 255 - 0.485) / 0.229, (116 / 255 - 0.456) / 0.224,
+                                       (104 / 255 - 0.406) / 0.225]))
+
+
+def test_normalising_a_batch_is_normalising_each_image():
+    views = np.stack([np.asarray(noise_image(8, 8, seed)) for seed in range(3)])
+    batch = train.normalise(torch.from_numpy(views), torch.device("cpu"))
+    for view, x in zip(views, batch):
+        close(x, deit.to_tensor(Image.fromarray(view))[0])
+
+
+def test_erasing_boxes_and_their_noise():
+    boxes = [train.erasing_box(224, 0.25, train.keyed(i)) for i in range(8000)]
+    hit = [b for b in boxes if b[2]]
+    assert abs(len(hit) / 8000 - 0.25) < 0.015
+    areas = [h * w / 224**2 for _, _, h, w in hit]
+    assert 0.019 < min(areas) and max(areas) < 0.34
+    assert all(t + h <= 224 and l + w <= 224 and 0.28 < h / w < 3.5 for t, l, h, w in hit)
+    images = torch.zeros(4, 3, 64, 64)
+    erased = train.erase(images.clone(), torch.tensor([[0, 0, 0, 0], [10, 20, 30, 25], [0, 0, 0, 0], [0, 0, 63, 2]]))
+    assert (erased[[0, 2]] == 0).all()
+    inside = erased[1, :, 10:40, 20:45]
+    assert (inside != 0).all() and (erased[1] != 0).sum() == inside.numel()
+    assert abs(inside.mean()) < 0.1 and abs(inside.std() - 1) < 0.1
+    assert (erased[3, :, :63, :2] != 0).all() and (erased[3] != 0).sum() == 3 * 63 * 2
+
+
+def test_mixed_targets_say_what_is_in_the_pixels():
+    """Each image is filled with its own number: the share of a partner can be read off the pixels."""
+    B, S, K = 6, 32, 6
+    labels = torch.arange(B)
+    kinds, lams = set(), []
+    for i in range(300):
+        images = torch.zeros(B, 3, S, S) + F.one_hot(labels, B)[:, :3, None, None].float()
+        targets = train.smooth_targets(labels, K, 0.0)
+        before = images.clone()
+        mixed, mixed_targets = train.mix(images, targets, 0.8, 1.0, train.keyed(i))
+        close(mixed_targets.sum(1), torch.ones(B))
+        close(mixed[:3].mean((2, 3)).diagonal(), mixed_targets[:3].diagonal())
+        own = mixed_targets[0, 0].item()
+        close(mixed_targets[0, B - 1].item(), 1 - own)            # the partner: read backwards
+        lams.append(own)
+        whole = torch.isclose(mixed[0, 0], before[0, 0]) | torch.isclose(mixed[0, 0], before[-1, 0])
+        kinds.add("cutmix" if whole.all() and 0.01 < own < 0.99 else "mixup")
+    assert kinds == {"cutmix", "mixup"} and 0.3 < np.mean(lams) < 0.75
+    only = [train.mix(torch.rand(2, 3, 8, 8), torch.eye(2), a, b, train.keyed(0)) for a, b in ((0, 1), (1, 0))]
+    assert len(only) == 2
+    x, t = torch.rand(2, 3, 8, 8), torch.eye(2)
+    assert train.mix(x, t, 0, 0, None)[0] is x
+    close(train.smooth_targets(torch.tensor([1]), 4, 0.1), torch.tensor([[0.025, 0.925, 0.025, 0.025]]))
+
+
+def test_every_mode_of_image_becomes_rgb():
+    modes = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]
+    for mode in modes:
+        image = Image.new(mode, (5, 4))
+        assert deit.to_rgb(image).mode == "RGB" and deit.to_rgb(image).size == (5, 4), mode
+    deep = Image.fromarray(np.full((4, 5), 40000, np.uint16))
+    assert deit.to_rgb(deep).getpixel((0, 0)) == (156, 156, 156)  # 40000 / 256, not white
+    palette = Image.new("P", (2, 2))
+    palette.info["transparency"] = b"\x00\xff"
+    assert deit.to_rgb(palette).mode == "RGB"
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+def test_sampler_covers_each_image_as_promised_for_1_2_3_processes():
+    images, batch, micro = 100, 24, 4
+    for repeats in (1, 3):
+        together = None
+        for world in (1, 2, 3):
+            items = [item for rank in range(world) for item in
+                     train.TrainSampler(images, batch, micro, repeats, 5, rank, world, 0, 8)]
+            views = sorted((e, s, k, i, n) for e, s, k, ids, ns in items for i, n in zip(ids.tolist(), ns.tolist()))
+            assert together is None or views == together
+            together = views
+            assert len(items) == 8 * batch // micro and len(set(views)) == len(views)
+        for epoch in (0, 1):   # 4 steps of 24 views an epoch
+            seen = [(i, n) for e, s, k, i, n in together if e == epoch]
+            assert len(seen) == len(set(seen)) == 96              # no view twice
+            assert len({i for i, n in seen}) == 96 // repeats
+            assert {n for i, n in seen} == set(range(repeats))
+        by_epoch = [[i for e, *_, i, n in together if e == epoch] for epoch in (0, 1)]
+        assert by_epoch[0] != by_epoch[1], "another order every epoch"
+    resumed = list(train.TrainSampler(images, batch, micro, 3, 5, 0, 1, 5, 8))
+    straight = list(train.TrainSampler(images, batch, micro, 3, 5, 0, 1, 0, 8))[5 * 6:]
+    assert all(np.array_equal(a[3], b[3]) and a[:3] == b[:3] for a, b in zip(resumed, straight))
+    assert len(train.TrainSampler(images, batch, micro, 3, 5, 0, 1, 5, 8)) == len(resumed)
+
+
+def test_draws_are_keyed_the_same_for_any_number_of_workers_and_else_different():
+    folder = train.ImageFolder(os.path.join(shared_images(), "train"))
+    dataset = train.TrainViews(folder, 16, 0, 9, 0.25)
+
+    def batches(workers, seed=0):
+        sampler = train.TrainSampler(len(folder), 6, 6, 3, seed, 0, 1, 0, 12)
+        return [b[0] for b in train.make_loader(dataset, sampler, workers, torch.device("cpu"))]
+
+    once = batches(0)
+    for workers in (1, 2, 3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # that 3 are many for two cores
+            for a, b in zip(once, batches(workers), strict=True):
+                assert torch.equal(a, b)
+    everything = torch.cat(once).flatten(1)
+    assert len(everything.unique(dim=0)) == len(everything), "all views of two epochs differ"
+    item = (0, 0, 0, np.array([4, 4, 4]), np.array([0, 1, 2]))
+    assert torch.equal(dataset[item][0], dataset[item][0])
+    assert not torch.equal(dataset[item][0], dataset[(1, *item[1:])][0])
+    assert dataset[item][1].tolist() == [folder.labels[4]] * 3
+
+
+def test_an_image_is_decoded_once_for_its_views_and_views_are_spread():
+    folder = train.ImageFolder(os.path.join(shared_images(), "train"))
+    opened = []
+    real = folder.open
+    folder.open = lambda i: opened.append(i) or real(i)
+    dataset = train.TrainViews(folder, 16, 0, 0, 0)
+    images = np.repeat([3, 14, 30], 3)
+    labels = dataset[(0, 0, 0, images, np.tile([0, 1, 2], 3))][1]
+    assert opened == [3, 14, 30]
+    assert sorted(labels.tolist()) == sorted(folder.labels[images].tolist())
+    assert labels.tolist() != folder.labels[images].tolist()
+
+
+def test_folder_is_sorted_as_text_and_ignores_what_is_no_image():
+    with temporary() as folder:
+        draw_images(folder, 2, 1)
+        for name in (".hidden.jpg", "notes.txt", "Thumbs.db"):
+            open(os.path.join(folder, "train", "1", name), "w").close()
+        os.mkdir(os.path.join(folder, "train", ".cache"))
+        images = train.ImageFolder(os.path.join(folder, "train"))
+        assert images.classes == ["1", "10", "2"] and len(images) == 6
+        assert images.path(3).endswith(b"train/10/1.JPEG")
+        odd = os.fsencode(os.path.join(folder, "train", "2", "a\nb ")) + b"\xff.JPG"
+        os.rename(os.path.join(os.fsencode(folder), b"train", b"2", b"0.JPEG"), odd)
+        images = train.ImageFolder(os.path.join(folder, "train"))
+        assert images.path(5) == odd and images.open(5).mode == "RGB"
+
+
+def test_a_broken_training_image_is_replaced_and_a_broken_validation_image_is_wrong():
+    with temporary() as folder:
+        draw_images(folder, 4, 2)
+        for path in ("train/10/1.JPEG", "val/1/0.JPEG"):
+            with open(os.path.join(folder, path), "wb") as f:
+                f.write(b"\xff\xd8 not an image")
+        images = train.ImageFolder(os.path.join(folder, "train"))
+        dataset = train.TrainViews(images, 16, 0, 0, 0)
+        views, labels, _, broken = dataset[(0, 0, 0, np.array([5]), np.array([0]))]
+        assert broken.tolist() == [5] and labels.tolist() == [1]
+        alone = train.train_view(images.open(6), 16, 0, train.keyed(0, 0, 5, 0))
+        assert np.array_equal(views[0].numpy(), np.asarray(alone))
+        val = train.ImageFolder(os.path.join(folder, "val"), images.classes)
+        assert train.EvalViews(val, 16)[np.arange(6)][1].tolist() == [-1, 0, 1, 1, 2, 2]
+
+
+def test_evaluation_counts_each_image_once_for_1_2_3_processes():
+    val = train.ImageFolder(os.path.join(shared_images(), "val"))   # 15 images
+    torch.manual_seed(0)
+    models = {"model": deit.create_model(TI, **SMALL | {"num_classes": 3}),
+              "net": deit.create_classifier("regnet_demo", 3)}
+    every, whole = np.arange(len(val)), None
+    for world in (1, 2, 3):
+        parts = [train.evaluate(models, val, 32, 4, every, cpu(rank, world))[0] for rank in range(world)]
+        total = {n: {k: sum(p[n][k] for p in parts) for k in parts[0][n]} for n in models}
+        whole = whole or total
+        for n in models:
+            assert all(abs(total[n][k] - whole[n][k]) < 1e-3 for k in total[n])
+    assert models["model"].training
+    x = torch.cat([deit.to_tensor(deit.center_view(val.open(i), 32)) for i in every])
+    right = models["model"].eval()(x).argmax(1) == torch.from_numpy(val.labels)
+    assert abs(whole["model"]["both"] - 100 * right.float().mean()) < 1e-3
+    assert whole["model"]["both5"] > 99.999                       # of three classes
+
+
+# ------------------------------------------------------------------------------------------------
+# The training run
+# ------------------------------------------------------------------------------------------------
+
+def run(*flags, data=None):
+    """train.main on the small model; (log, what it printed)"""
+    argv = ["--data", data or shared_images(), "--model", TI, "--teacher", "regnet_demo", "--teacher-weights",
+            "none", "--warmup-epochs", "1", "--batch-size", "12", *SMALL_FLAGS, *flags]
+    return quiet(train.main, argv)
+
+
+def test_stopped_and_resumed_equals_straight_through():
+    with temporary() as folder:
+        flags = ["--epochs", "3", "--micro-batch", "6", "--output"]
+        straight, _ = run(*flags, os.path.join(folder, "a"))
+        output, calls = os.path.join(folder, "b"), []
+        real = train.epoch_line
+
+        def stop_at_second(record):
+            calls.append(record)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return real(record)
+
+        with patched(train, "epoch_line", stop_at_second), contextlib.suppress(KeyboardInterrupt):
+            run(*flags, output)
+        with raises("add --resume", SystemExit):
+            run(*flags, output)
+        with raises("--seed differ", SystemExit):
+            run(*flags, output, "--resume", "--seed", "1")
+        resumed, said = run(*flags, output, "--resume")
+        assert "3 of 9 steps done" in said
+        a, b = (torch.load(os.path.join(folder, x, "last.pt"), weights_only=True) for x in "ab")
+        for part in ("model", "ema"):
+            assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
+        for p, q in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
+            assert all(torch.equal(p[k], q[k]) for k in p)
+        timings = {"img_per_s", "waiting", "seconds"}
+        assert [{k: v for k, v in r.items() if k not in timings} for r in straight] == \
+               [{k: v for k, v in r.items() if k not in timings} for r in resumed]
+        with open(os.path.join(output, "log.jsonl")) as f:
+            assert [json.loads(line)["epoch"] for line in f] == [1, 2, 3]
+        assert "nothing left to do" in run(*flags, output, "--resume")[1]
+
+
+def test_checkpoint_has_one_schema_and_serves_every_reader():
+    with temporary() as folder:
+        log, said = run("--epochs", "2", "--output", folder)
+        assert "of 15: class" in said and "agreement" in said
+        last, best = (torch.load(os.path.join(folder, n), weights_only=True) for n in ("last.pt", "best.pt"))
+        assert set(last) == set(best) == {"model", "ema", "optimizer", "scaler", "epoch", "step", "best", "log",
+                                          "sums", "unreadable", "config", "classes", "preprocessing", "flags"}
+        assert last["step"] == 6 and last["classes"] == ["1", "10", "2"] and best["optimizer"] is None
+        assert last["best"] == max(r["both"] for r in log) and last["log"] == log
+        assert not any(k.startswith(("module.", "_orig_mod.", "teacher")) for k in last["model"])
+        path = os.path.join(folder, "best.pt")
+        result, _ = quiet(train.main, ["--data", shared_images(), "--eval", path, *"--amp off --device cpu".split()])
+        assert abs(result["both"] - best["log"][best["epoch"] - 1]["both"]) < 1e-6
+        assert deit.load_teacher(TI, path, 3).classes == ["1", "10", "2"]
+        photo = os.path.join(shared_images(), "val", "10", "0.JPEG")
+        _, said = quiet(deit.main, [photo, "--weights", path])
+        assert "distillation head" in said and "both" in said and " %  10\n" in said
+        log, said = run("--epochs", "2", "--output", os.path.join(folder, "f"), "--finetune", path,
+                        "--img-size", "64")
+        assert len(log) == 2
+
+
+def test_every_row_of_table_3_can_be_trained_and_a_teacher_too():
+    losses = {}
+    for model, mode in ((TI, "hard"), (TI, "soft"), ("deit_tiny_patch16_224", "hard"),
+                        ("deit_tiny_patch16_224", "soft"), ("deit_tiny_patch16_224", "none")):
+        with temporary() as folder:
+            log, _ = run("--model", model, "--distillation", mode, "--epochs", "2", "--output", folder)
+            losses[model, mode] = log[-1]["train_loss"]
+            assert ("agreement" in log[-1]) == (mode != "none")
+    assert len(set(losses.values())) == 5
+    with temporary() as folder:
+        argv = ["--data", shared_images(), "--model", "regnet_demo", "--img-size", "32", "--epochs", "2",
+                "--batch-size", "12", "--warmup-epochs", "0", "--workers", "0", "--output", folder]
+        quiet(train.main, argv)
+        teacher = deit.load_teacher("regnet_demo", os.path.join(folder, "best.pt"), 3)
+        assert teacher(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_accumulation_changes_nothing_beyond_rounding():
+    """One process, one micro-batch of 4 at a time; the reference computes the whole step by hand."""
+    with temporary() as folder:
+        flags = ["--epochs", "2", "--micro-batch", "4", "--drop-path", "0.2", "--output"]
+        log, said = run(*flags, os.path.join(folder, "a"))
+        assert "1 processes x 4 micro-batch x 3 accumulated" in said
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+                   os.path.join(HERE, "train.py"), "--data", shared_images(), "--model", TI, "--teacher", "regnet_demo",
+                   "--teacher-weights", "none", "--warmup-epochs", "1", "--batch-size", "12", *SMALL_FLAGS, *flags,
+                   os.path.join(folder, "b")]
+        out = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert out.returncode == 0, out.stderr[-2000:]
+        assert "3 processes x 4 micro-batch x 1 accumulated" in out.stdout
+        assert out.stdout.count("epoch   2") == 1, "only rank 0 speaks"
+        with open(os.path.join(folder, "b", "log.jsonl")) as f:
+            other = [json.loads(line) for line in f]
+        for a, b in zip(log, other):
+            assert abs(a["train_loss"] - b["train_loss"]) < 1e-5
+            assert a["both"] == b["both"] and abs(a["agreement"] - b["agreement"]) < 1e-3
+
+
+def test_teacher_with_classes_in_another_order_is_found_out():
+    with temporary() as folder:
+        path = os.path.join(folder, "t.pth")
+        state = deit.create_classifier("regnet_demo", 3).state_dict()
+        state["fc.weight"].zero_()
+        state["fc.bias"].copy_(torch.tensor([0.0, 1.0, 0.0]))      # always says class "10"
+        torch.save(state, path)
+        with raises("no better than chance", SystemExit):
+            run("--teacher-weights", path, "--epochs", "2", "--output", os.path.join(folder, "o"))
+        torch.save({"model": state, "classes": ["a", "b", "c"]}, path)
+        with raises("trained on other classes", SystemExit):
+            run("--teacher-weights", path, "--epochs", "2", "--output", os.path.join(folder, "o"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    with temporary() as folder, raises("the loss is nan at step 3", SystemExit):
+        with patched(deit, "distillation_loss", lambda cls, *rest: cls.sum() * math.nan):
+            run("--epochs", "2", "--output", folder)
+
+
+def test_bad_input_gets_one_sentence():
+    data = shared_images()
+    cases = [
+        (["--epochs", "6"], "--data"), (["--data", "/nowhere"], "there is no folder /nowhere"),
+        (["--model", "deit_huge"], "neither one of torchvision's classifiers"),
+        (["--model", "regnet_y_400mf", "--patch-size", "8"], "patch_size is for DeiT"),
+        (["--teacher", "regnet_z"], "neither one of torchvision's classifiers"),
+        (["--teacher-weights", "IMAGENET1K_V9"], "neither a file nor one of"),
+        (["--teacher", "regnet_y_400mf", "--teacher-weights", "IMAGENET1K_V2"], "have 3: train a teacher"),
+        (["--distillation", "none"], "take --model deit_tiny_patch16_224"),
+        (["--batch-size", "100"], "fewer than a batch of 100"),
+        (["--batch-size", "12", "--micro-batch", "5"], "take 10"),
+        (["--img-size", "30"], "not a multiple of patch_size 8"), (["--num-heads", "5"], "num_heads 5"),
+        (["--epochs", "-1"], "--epochs is -1"), (["--alpha", "1.5"], "--alpha is 1.5"),
+        (["--warmup-epochs", "9", "--epochs", "9"], "--warmup-epochs is 9"),
+        (["--lr", "nan"], "--lr is nan"), (["--tau", "0"], "--tau is 0"), (["--drop-path", "1"], "--drop-path is 1"),
+        (["--erasing", "2"], "--erasing is 2"), (["--workers", "-1"], "--workers is -1"),
+        (["--finetune", "/no/such.pt"], "neither a file nor a URL nor a published name"),
+        (["--eval", "/no/such.pt"], "neither a file nor a URL nor a published name"),
+        (["--device", "quantum"], "--device quantum cannot be used"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((["--device", "cuda"], "PyTorch finds no CUDA"))
+    with temporary() as folder:
+        for flags, phrase in cases:
+            argv = flags if phrase == "--data" else [
+                "--data", data, "--model", TI, "--teacher", "regnet_demo", "--teacher-weights", "none", "--batch-size",
+                "12", *SMALL_FLAGS, "--output", os.path.join(folder, "o"), *flags]
+            with raises(phrase, SystemExit):
+                quiet(train.main, argv)
+            assert os.listdir(folder) == [], f"{flags}: something was written before the refusal"
+        checkpoint = os.path.join(folder, "w.pth")
+        torch.save(deit.create_model(TI, depth=2, num_classes=5).state_dict(), checkpoint)
+        with raises("another architecture", SystemExit):
+            run("--finetune", checkpoint, "--output", os.path.join(folder, "o"))
+        with raises("is no DeiT; the known ones are deit_tiny_patch16_224"):
+            deit.create_model("vit_b_16")
+        with raises("cannot be read as an image", SystemExit):
+            deit.main([checkpoint, "--weights", checkpoint])
+
+
+def test_bad_folders_get_one_sentence():
+    def argv(folder):
+        return ["--data", folder, "--model", TI, "--teacher", "regnet_demo", "--teacher-weights", "none",
+                "--batch-size", "4", *SMALL_FLAGS, "--output", os.path.join(folder, "o")]
+
+    def refused(phrase, **kind):
+        with temporary() as folder:
+            draw_images(folder, 2, 1, **kind)
+            yield folder
+            with raises(phrase, SystemExit):
+                quiet(train.main, argv(folder))
+
+    for folder in refused("there is no folder"):
+        os.rename(os.path.join(folder, "val"), os.path.join(folder, "test"))
+    for folder in refused("val holds no class folders"):
+        for name in ("1", "10", "2"):
+            os.rename(os.path.join(folder, "val", name, "0.JPEG"), os.path.join(folder, "val", name + ".JPEG"))
+            os.rmdir(os.path.join(folder, "val", name))
+    for folder in refused("classes that training does not know: zebra"):
+        os.rename(os.path.join(folder, "val", "2"), os.path.join(folder, "val", "zebra"))
+    for folder in refused("holds no images"):
+        os.makedirs(os.path.join(folder, "train", "empty"))
+    for folder in refused("holds one class only", classes=("only",)):
+        pass
+
+
+def test_command_lines_say_what_they_should():
+    _, said = quiet(deit.main, [])
+    assert "5,910,800" in said and "(2, 198, 192)" in said and "(2, 2, 192)" in said
+    code = "import sys, deit; print([m for m in ('torchvision', 'PIL', 'numpy.ma', 'train') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert "torchvision" not in out.stdout and "PIL" not in out.stdout, out
+
+
+def main(parts):
+    tests = [(n, f) for n, f in list(globals().items()) if n.startswith("test_") and callable(f)]
+    chosen = [(n, f) for n, f in tests if not parts or any(p in n for p in parts)]
+    failed = 0
+    for name, function in chosen:
+        start = time.perf_counter()
+        try:
+            torch.manual_seed(0)
+            function()
+        except Exception:
+            failed += 1
+            traceback.print_exc()
+            print(f"FAILED  {name}", flush=True)
+        else:
+            print(f"ok {time.perf_counter() - start:5.1f} s  {name[5:].replace('_', ' ')}", flush=True)
+    print(f"{len(chosen) - failed} passed, {failed} failed")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

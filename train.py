@@ -1,0 +1,981 @@
+"""Trains DeiT (deit.py) with its recipe: one bare loop for one CPU, one GPU, or many machines.
+
+  python train.py                                           the demo: some minutes, nothing needed
+  python train.py --data DIR --model regnet_y_400mf         a teacher for your own classes
+  python train.py --data DIR --teacher regnet_y_400mf --teacher-weights runs/regnet_y_400mf/best.pt
+  torchrun --nproc_per_node=8 train.py --data /imagenet     DeiT-S from regnet_y_16gf, as in the paper
+  python train.py --data DIR --output runs/NAME --resume    goes on where it was stopped
+  python train.py --data DIR --eval runs/NAME/best.pt       validation accuracy by each head
+
+DIR holds train/<class>/<image> and val/<class>/<image>. The order of this file is the order of
+things: schedule, augmentation, data, evaluation, saving, flags, the training run, the demo.
+
+Randomness is keyed, not stored: whatever is drawn comes from a generator made of (seed, epoch,
+image, view) in a loader worker, or of (seed, step, k) on the device, k being the micro-batch's place
+in the batch. So neither the number of processes or workers nor an interruption changes a run.
+"""
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import random
+import shlex
+import signal
+import sys
+import time
+import warnings
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+
+import deit
+from deit import InputError
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimisation: the schedule and the parameter groups
+# ------------------------------------------------------------------------------------------------
+
+def lr_at(step, peak, min_lr, warmup_steps, total_steps, start=1e-6):
+    """The learning rate of a step: linear from `start` to `peak`, then the cosine of step / total.
+    As released, the cosine runs over all steps, not over those after the warm-up."""
+    if step < warmup_steps:
+        return start + (peak - start) * step / warmup_steps
+    return min_lr + (peak - min_lr) * (1 + math.cos(math.pi * step / total_steps)) / 2
+
+
+def ema_decay_at(step, decay):
+    """The average's decay: short memory first, so that short runs leave their random start too."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def parameter_groups(model, weight_decay):
+    """AdamW's two groups. As released: biases, norms, pos_embed and cls_token are not decayed, but
+    dist_token is (the list of exemptions of the time did not name it)."""
+    exempt = {n for n, p in model.named_parameters() if p.ndim <= 1} | {"pos_embed", "cls_token"}
+    named = list(model.named_parameters())
+    return [{"params": [p for n, p in named if n not in exempt], "weight_decay": weight_decay},
+            {"params": [p for n, p in named if n in exempt], "weight_decay": 0.0}]
+
+
+# ------------------------------------------------------------------------------------------------
+# Augmentation of one view, in a loader worker, on Pillow images (paper, table 9; timm's details)
+# ------------------------------------------------------------------------------------------------
+
+def keyed(*key):
+    """A random generator of its own for a key: the same key draws the same anywhere, any time."""
+    return random.Random(repr(key))
+
+
+def crop_box(width, height, rng):
+    """RandomResizedCrop's box (left, top, right, bottom): 8 % to 100 % of the area, ratio 3/4 to
+    4/3; after ten tries that do not fit, the largest central box of an allowed ratio."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.randint(0, width - w), rng.randint(0, height - h)
+            return left, top, left + w, top + h
+    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+FILL = (124, 116, 104)   # ImageNet's mean colour, for what moves in from outside
+BICUBIC, AFFINE = Image.Resampling.BICUBIC, Image.Transform.AFFINE
+
+
+def affine(image, matrix):
+    return image.transform(image.size, AFFINE, matrix, BICUBIC, fillcolor=FILL)
+
+
+def solarize_add(image, add):
+    return image.point([min(255, v + add) if v < 128 else v for v in range(256)] * 3)
+
+
+def factor(t, sign):
+    return max(0.1, 1 + 0.9 * t * sign)
+
+
+RANDAUGMENT = {   # the 15 operations, at strength t in 0..1 and a random sign s
+    "AutoContrast": lambda im, t, s: ImageOps.autocontrast(im),
+    "Equalize": lambda im, t, s: ImageOps.equalize(im),
+    "Invert": lambda im, t, s: ImageOps.invert(im),
+    "Rotate": lambda im, t, s: im.rotate(30 * t * s, BICUBIC, fillcolor=FILL),
+    # at t = 1 the official code keeps 0 bits, a black image, which Pillow 13 refuses: 1 at least
+    "Posterize": lambda im, t, s: ImageOps.posterize(im, max(1, 4 - int(4 * t))),
+    "Solarize": lambda im, t, s: ImageOps.solarize(im, 256 - int(256 * t)),
+    "SolarizeAdd": lambda im, t, s: solarize_add(im, int(110 * t)),
+    "Color": lambda im, t, s: ImageEnhance.Color(im).enhance(factor(t, s)),
+    "Contrast": lambda im, t, s: ImageEnhance.Contrast(im).enhance(factor(t, s)),
+    "Brightness": lambda im, t, s: ImageEnhance.Brightness(im).enhance(factor(t, s)),
+    "Sharpness": lambda im, t, s: ImageEnhance.Sharpness(im).enhance(factor(t, s)),
+    "ShearX": lambda im, t, s: affine(im, (1, 0.3 * t * s, 0, 0, 1, 0)),
+    "ShearY": lambda im, t, s: affine(im, (1, 0, 0, 0.3 * t * s, 1, 0)),
+    "TranslateX": lambda im, t, s: affine(im, (1, 0, 0.45 * t * s * im.width, 0, 1, 0)),
+    "TranslateY": lambda im, t, s: affine(im, (1, 0, 0, 0, 1, 0.45 * t * s * im.height)),
+}
+
+
+def rand_augment(image, magnitude, rng):
+    """rand-m9-mstd0.5-inc1: two operations with replacement, each applied half the time, at a level
+    from Normal(magnitude, 0.5) clipped to 0..10."""
+    for name in rng.choices(list(RANDAUGMENT), k=2):
+        if rng.random() < 0.5:
+            t = min(max(rng.gauss(magnitude, 0.5), 0), 10) / 10
+            image = RANDAUGMENT[name](image, t, rng.choice((-1, 1)))
+    return image
+
+
+def train_view(image, size, magnitude, rng):
+    """One random view of an RGB image: crop and resize in one pass, flip, RandAugment."""
+    view = image.resize((size, size), BICUBIC, box=crop_box(*image.size, rng))
+    if rng.random() < 0.5:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return rand_augment(view, magnitude, rng) if magnitude else view
+
+
+def erasing_box(size, probability, rng):
+    """RandomErasing's rectangle (top, left, height, width), all 0 for none: 2 % to 33 % of the
+    area, ratio 0.3 to 3.3. Drawn with the view; filled later, on the device."""
+    if rng.random() < probability:
+        for _ in range(10):
+            area = size * size * rng.uniform(0.02, 1 / 3)
+            ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if h < size and w < size:
+                return rng.randint(0, size - h), rng.randint(0, size - w), h, w
+    return 0, 0, 0, 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Augmentation of a whole micro-batch, on the device
+# ------------------------------------------------------------------------------------------------
+
+def normalise(views, device):
+    """uint8 (B, S, S, 3) -> float (B, 3, S, S) by ImageNet's mean and deviation, on the device."""
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255
+                 for v in (deit.IMAGENET_MEAN, deit.IMAGENET_STD))
+    images = views.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
+    return images.sub_(mean).div_(std)
+
+
+def erase(images, boxes):
+    """Fills each image's rectangle (boxes (B, 4), on the CPU) with Normal(0, 1), in place."""
+    rows = boxes[:, 2].nonzero()[:, 0]
+    if len(rows) == 0:
+        return images
+    top, left, h, w = boxes[rows].to(images.device).T[..., None, None, None]   # (R, 1, 1, 1) each
+    rows, S = rows.to(images.device), images.shape[-1]
+    y, x = torch.arange(S, device=images.device).view(S, 1), torch.arange(S, device=images.device)
+    inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)         # (R, 1, S, S)
+    old = images[rows]
+    images[rows] = torch.where(inside, torch.randn_like(old), old)
+    return images
+
+
+def smooth_targets(labels, num_classes, smoothing):
+    """(B,) class indices -> (B, K) probabilities, `smoothing` of each spread over all classes."""
+    return F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
+
+
+def mix(images, targets, mixup, cutmix, rng):
+    """Mixup (arXiv 1710.09412) or CutMix (1905.04899), each half the time when both are on: one
+    lambda, one box; everyone's partner is the batch read backwards. Targets mix alike."""
+    if not (mixup or cutmix):
+        return images, targets
+    if cutmix and (not mixup or rng.random() < 0.5):
+        lam, S = rng.betavariate(cutmix, cutmix), images.shape[-1]
+        half = int(S * math.sqrt(1 - lam)) // 2
+        cy, cx = rng.randrange(S), rng.randrange(S)
+        y, Y, x, X = max(cy - half, 0), min(cy + half, S), max(cx - half, 0), min(cx + half, S)
+        images[:, :, y:Y, x:X] = images[:, :, y:Y, x:X].flip(0)
+        lam = 1 - (Y - y) * (X - x) / S**2   # what the clipped box really took
+    else:
+        lam = rng.betavariate(mixup, mixup)
+        images = images.lerp(images.flip(0), 1 - lam)
+    return images, targets.lerp(targets.flip(0), 1 - lam)
+
+
+# ------------------------------------------------------------------------------------------------
+# Data: the list of images in one array, which view is when, and what a loader worker does
+# ------------------------------------------------------------------------------------------------
+
+SUFFIXES = tuple(s.encode() for s in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm",
+                                      ".pgm", ".tif", ".tiff"))
+
+
+class ImageFolder:
+    """The images of root/<class>/*, sorted as text by class and name, without hidden files.
+
+    Names are held in one array, not in a Python list, whose reference counts would copy it into
+    every worker. classes: the list that numbers them (None: this folder's own). Raises InputError.
+    """
+
+    def __init__(self, root, classes=None):
+        if not os.path.isdir(root):
+            raise InputError(f"there is no folder {root}: give --data a folder that holds "
+                             "train/<class>/<image> and val/<class>/<image>.")
+        found = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
+        if not found:
+            raise InputError(f"{root} holds no class folders: put the images of each class into a "
+                             "folder of its own.")
+        self.root, self.classes = root, found if classes is None else list(classes)
+        strange = [c for c in found if c not in set(self.classes)]
+        if strange:
+            raise InputError(f"{root} has classes that training does not know: "
+                             f"{', '.join(strange[:3])} ({len(strange)} in all).")
+        names, counts = [], np.zeros(len(self.classes), np.int64)
+        for label, name in enumerate(self.classes):
+            if name in found:   # a validation set may lack a class
+                files = os.listdir(os.fsencode(os.path.join(root, name)))
+                files = [f for f in files if f.lower().endswith(SUFFIXES) and f[:1] != b"."]
+                names += sorted(files)
+                counts[label] = len(files)
+        if not names:
+            raise InputError(f"{root} holds no images ({' '.join(s.decode() for s in SUFFIXES)}).")
+        empty = [c for c, count in zip(self.classes, counts) if not count]
+        if empty and classes is None:
+            raise InputError(f"{os.path.join(root, empty[0])} holds no images: add some, or remove "
+                             f"the folder ({len(empty)} such in all).")
+        self.labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+        self.starts = np.cumsum([0] + [len(n) for n in names])
+        self.names = np.frombuffer(b"".join(names), np.uint8)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def path(self, i):
+        folder = os.path.join(self.root, self.classes[self.labels[i]])
+        name = self.names[self.starts[i]:self.starts[i + 1]].tobytes()
+        return os.path.join(os.fsencode(folder), name)
+
+    def open(self, i):
+        """Image i as RGB. Raises whatever Pillow raises, which is more than OSError."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # broken EXIF, palettes: not the reader's concern
+            with Image.open(self.path(i)) as image:
+                return deit.to_rgb(image)
+
+
+class TrainSampler:
+    """This process's micro-batches, one item each, from step `start` to the last.
+
+    The batch of a step is `batch` views in `batch // micro` micro-batches, numbered by k; process r
+    of w does k = r, r + w, ... An epoch holds as many views as there are images, less the last
+    incomplete batch; with `repeats` r a view v is view v mod r of image order[v // r] (repeated
+    augmentation: a third of the images, three views each, in the same batch where it fits).
+    """
+
+    def __init__(self, images, batch, micro, repeats, seed, rank, world, start, stop):
+        self.images, self.batch, self.micro, self.repeats = images, batch, micro, repeats
+        self.seed, self.rank, self.world, self.start, self.stop = seed, rank, world, start, stop
+
+    def __len__(self):
+        return (self.stop - self.start) * (self.batch // self.micro // self.world)
+
+    def __iter__(self):
+        epoch = None
+        for step in range(self.start, self.stop):
+            previous, (epoch, at) = epoch, divmod(step, self.images // self.batch)
+            if epoch != previous:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.images)
+            for k in range(self.rank, self.batch // self.micro, self.world):
+                views = at * self.batch + k * self.micro + np.arange(self.micro)
+                yield epoch, step, k, order[views // self.repeats], views % self.repeats
+
+
+class TrainViews:
+    """Item (epoch, step, k, images (m,), views (m,)) of the sampler -> a whole micro-batch: uint8
+    views (m, S, S, 3), labels (m,), erasing boxes (m, 4), and the images that could not be read.
+
+    Consecutive views of one image come from one decoding. They are spread over the micro-batch by
+    key, so that they are mixed with strangers. For a broken image the next of its class stands in.
+    """
+
+    def __init__(self, folder, size, seed, magnitude, erasing):
+        self.folder, self.size, self.seed = folder, size, seed
+        self.magnitude, self.erasing = magnitude, erasing
+
+    def decode(self, i, broken):
+        """Image i, or the next one of its class that can be read; adds what can not to `broken`."""
+        label = self.folder.labels[i]
+        start, stop = np.searchsorted(self.folder.labels, [label, label + 1])   # its class's images
+        for j in (*range(i, stop), *range(start, i)):
+            try:
+                return self.folder.open(j)
+            except Exception:   # Pillow raises OSError, SyntaxError, ValueError and many more
+                broken.append(j)
+        raise InputError(f"no image of class {self.folder.classes[label]} in {self.folder.root} "
+                         "can be read.")
+
+    def __getitem__(self, item):
+        epoch, step, k, images, numbers = item
+        m, S = len(images), self.size
+        views, boxes = np.empty((m, S, S, 3), np.uint8), np.zeros((m, 4), np.int64)
+        places = keyed(self.seed, "places", step, k).sample(range(m), m)
+        broken, last = [], None
+        for place, i, number in zip(places, images.tolist(), numbers.tolist()):
+            if i != last:
+                image, last = self.decode(i, broken), i
+            rng = keyed(self.seed, epoch, i, number)
+            views[place] = train_view(image, S, self.magnitude, rng)
+            boxes[place] = erasing_box(S, self.erasing, rng)
+        labels = np.empty(m, np.int64)
+        labels[places] = self.folder.labels[images]
+        broken = np.array(broken, np.int64)
+        return tuple(map(torch.from_numpy, (views, labels, boxes, broken)))
+
+
+class EvalViews:
+    """Item: indices (m,) -> uint8 central views (m, S, S, 3) and labels (m,); a broken image's
+    label is -1, which no answer matches."""
+
+    def __init__(self, folder, size):
+        self.folder, self.size = folder, size
+
+    def __getitem__(self, indices):
+        views = np.zeros((len(indices), self.size, self.size, 3), np.uint8)
+        labels = self.folder.labels[indices].astype(np.int64)
+        for place, i in enumerate(indices.tolist()):
+            try:
+                views[place] = deit.center_view(self.folder.open(i), self.size)
+            except Exception:   # never substituted: it counts as wrong
+                labels[place] = -1
+        return torch.from_numpy(views), torch.from_numpy(labels)
+
+
+def make_loader(dataset, items, workers, device):
+    """A loader whose items are whole batches; images leave the workers as uint8."""
+    return torch.utils.data.DataLoader(
+        dataset, sampler=items, batch_size=None, num_workers=workers,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+
+
+def ignore_signals(worker):
+    """Ctrl-C and a cluster's SIGTERM go to all processes at once; stopping is the main one's task."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation: every image once, whatever the number of processes
+# ------------------------------------------------------------------------------------------------
+
+def all_sum(tensor):
+    """The tensor's sum over the processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@torch.no_grad()
+def evaluate(models, folder, size, batch, indices, env):
+    """Accuracy in percent of each of the models {name: module} over the given indices, {name:
+    {"cls", "dist", "both": top-1, "cls5", "dist5", "both5": top-5}}, and how many were unreadable.
+    """
+    mine = indices[env.rank::env.world]
+    items = [mine[i:i + batch] for i in range(0, len(mine), batch)]
+    was_training = [model.training for model in models.values()]
+    counts = torch.zeros(len(models) + 1, 3, 2, device=env.device)
+    for views, labels in make_loader(EvalViews(folder, size), items, env.workers, env.device):
+        images, labels = normalise(views, env.device), labels.to(env.device)[:, None]
+        counts[-1, 0, 0] += (labels < 0).sum()
+        for row, model in zip(counts, models.values()):
+            model.eval()
+            with env.autocast():
+                cls, dis = (logits.float() for logits in deit.both_heads(model, images))
+            for cell, logits in zip(row, (cls, dis, (cls + dis) / 2)):
+                hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels     # (B, 5)
+                cell += torch.stack([hits[:, 0].sum(), hits.sum()])
+    for model, mode in zip(models.values(), was_training):
+        model.train(mode)
+    counts = all_sum(counts).tolist()
+    keys = ("cls", "dist", "both", "cls5", "dist5", "both5")
+    return {name: {key: 100 * row[i % 3][i // 3] / len(indices) for i, key in enumerate(keys)}
+            for name, row in zip(models, counts)}, int(counts[-1][0][0])
+
+
+# ------------------------------------------------------------------------------------------------
+# Saving
+# ------------------------------------------------------------------------------------------------
+
+def write_atomically(path, write, keep=None):
+    """write(file) into a file beside `path`, onto the disk, then renamed: `path` is always whole.
+    What was there before is kept under the name `keep`. Raises OSError; then nothing has changed."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        if keep and os.path.exists(path):
+            os.replace(path, keep)
+        os.replace(path + ".tmp", path)
+    except (OSError, RuntimeError) as e:   # torch.save wraps a failing write into a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise OSError(f"{path} could not be written ({str(e).splitlines()[0]})") from e
+
+
+def write_log(path, log):
+    """The epochs' records, one JSON line each."""
+    write_atomically(path, lambda f: f.write("".join(json.dumps(r) + "\n" for r in log).encode()))
+
+
+def read_last(paths, say):
+    """The first of the checkpoints that is whole, and its path; None, None if there is no file."""
+    there, reasons = [path for path in paths if os.path.exists(path)], []
+    for path in there:
+        try:
+            return deit.read_checkpoint(path), path
+        except InputError as e:
+            reasons.append(str(e))
+            say(f"unusable       {e}")
+    if there:
+        raise InputError(" ".join(reasons) + " Choose another --output to start anew.")
+    return None, None
+
+
+ADVICE = "try --amp off (or bf16), --clip-grad 1, or a lower --lr"   # when numbers are not finite
+
+# These flags may differ when a run is resumed, for they do not change its result.
+FREE_FLAGS = {"data", "output", "resume", "eval", "workers", "device", "log_every", "save_minutes",
+              "compile"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+def parse(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p.add_argument("--data", metavar="DIR", help="folder of train/<class>/* and val/<class>/*")
+
+    def group(title):
+        def add(flag, meaning, default=None, type=None, **how):
+            shown = "" if "[" in meaning or how.get("action") else f" [{default}]"
+            how = how if "action" in how else {"type": type, "default": default} | how
+            g.add_argument(flag, help=meaning + shown, **how)
+        g = p.add_argument_group(title)
+        return add
+
+    add = group("model")
+    add("--model", "a DeiT, or any torchvision classifier (to train a teacher)",
+        "deit_small_distilled_patch16_224", metavar="NAME")
+    add("--img-size", "side in pixels [the model's: 224 or 384]", type=int, metavar="S")
+    add("--patch-size", "side in pixels [16]", type=int, metavar="P")
+    add("--embed-dim", "width [the model's]", type=int, metavar="D")
+    add("--depth", "number of blocks [12]", type=int, metavar="N")
+    add("--num-heads", "attention heads [the model's]", type=int, metavar="h")
+    add("--drop-path", "stochastic depth of the last block, rising from 0 at the first [0.1]",
+        type=float, metavar="X")
+    add("--finetune", "weights to start from: a file, URL or published name [random]", metavar="SOURCE")
+
+    add = group("distillation")
+    add("--distillation", "[hard for a distilled model, none for others]",
+        choices=["hard", "soft", "none"])
+    add("--teacher", "a torchvision classifier or a DeiT", "regnet_y_16gf", metavar="NAME")
+    add("--teacher-weights", "torchvision's name, a file, or none for random ones", "IMAGENET1K_V2",
+        metavar="W")
+    add("--alpha", "weight of the distillation loss [0.5 hard, 0.1 soft]", type=float, metavar="X")
+    add("--tau", "temperature of soft distillation", 3.0, float, metavar="X")
+
+    add = group("optimisation")
+    add("--epochs", "as many views as there are images are one", 300, int, metavar="N")
+    add("--batch-size", "views per optimizer step, over all processes", 1024, int, metavar="N")
+    add("--micro-batch", "views in one forward pass, which are mixed together [128, or batch / "
+        "processes if that is less]", type=int, metavar="N")
+    add("--lr", "peak learning rate, per 512 views", 5e-4, float, metavar="X")
+    add("--min-lr", "floor of the cosine", 1e-5, float, metavar="X")
+    add("--warmup-epochs", "of linear warm-up from 1e-6", 5.0, float, metavar="N")
+    add("--weight-decay", "of AdamW", 0.05, float, metavar="X")
+    add("--smoothing", "of the true labels", 0.1, float, metavar="X")
+    add("--clip-grad", "largest gradient norm, 0: off", 0.0, float, metavar="X")
+    add("--ema-decay", "of averaged weights, which are only reported, 0: off", 0.99996, float,
+        metavar="X")
+
+    add = group("augmentation")
+    add("--repeats", "views of an image in an epoch's batches", 3, int, metavar="N")
+    add("--randaugment", "magnitude 0..10, 0: off", 9.0, float, metavar="M")
+    add("--mixup", "alpha, 0: off", 0.8, float, metavar="A")
+    add("--cutmix", "alpha, 0: off", 1.0, float, metavar="A")
+    add("--erasing", "probability", 0.25, float, metavar="P")
+
+    add = group("running")
+    add("--output", "folder for last.pt, best.pt, log.jsonl [runs/MODEL]", metavar="DIR")
+    add("--resume", "go on from OUTPUT/last.pt if there is one, else start", action="store_true")
+    add("--save-minutes", "between saves inside an epoch", 15.0, float, metavar="N")
+    add("--eval", "only evaluate a file, URL or published name [off]", metavar="SOURCE")
+    add("--amp", "mixed precision; auto is bf16 where the hardware has it", "auto",
+        choices=["auto", "bf16", "fp16", "off"])
+    add("--compile", "torch.compile the model", action="store_true")
+    add("--workers", "loader processes per training process [its share of cores, at most 16]",
+        type=int, metavar="N")
+    add("--seed", "of everything drawn", 0, int, metavar="N")
+    add("--device", "cuda, mps or cpu [the best there is]", metavar="D")
+    add("--log-every", "steps between live lines", 50, int, metavar="N")
+    args = p.parse_args(argv)
+    check(args)
+    return args
+
+
+def check(args):
+    """Refuses impossible numbers."""
+    rules = (
+        ("epochs batch_size micro_batch repeats log_every tau lr img_size patch_size embed_dim depth "
+         "num_heads", lambda x: 0 < x < math.inf, "it must be above 0"),
+        ("min_lr weight_decay clip_grad mixup cutmix seed warmup_epochs workers save_minutes",
+         lambda x: 0 <= x < math.inf, "it must be 0 or more"),
+        ("smoothing erasing alpha", lambda x: 0 <= x <= 1, "it must lie in 0..1"),
+        ("drop_path ema_decay", lambda x: 0 <= x < 1, "it must lie in 0..1, below 1"),
+        ("randaugment", lambda x: 0 <= x <= 10, "it must lie in 0..10"),
+        ("warmup_epochs", lambda x: args.eval or x < args.epochs, "it must be shorter than the run "
+         f"of {args.epochs} epochs"))
+    for names, holds, what in rules:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise InputError(f"--{name.replace('_', '-')} is {value}: {what}.")
+
+
+# ------------------------------------------------------------------------------------------------
+# The training run
+# ------------------------------------------------------------------------------------------------
+
+class Environment:
+    """Where this process runs: its rank in the world, device, precision, loader workers."""
+
+    def __init__(self, device, amp, workers):
+        self.rank, self.world, self.local_rank, self.local_world = (
+            int(os.environ.get(name, default)) for name, default in
+            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        name = device or best
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(f"--device {name}, but PyTorch finds no CUDA here: take --device cpu, "
+                             "or install a driver and a CUDA build of PyTorch.")
+        try:
+            self.device = torch.device(f"cuda:{self.local_rank}" if name == "cuda" else name)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise InputError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from e
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")   # TF32 where float32 is left
+            torch.backends.cudnn.benchmark = True
+        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}.get(amp)
+        if amp == "auto":
+            self.amp = self.best_precision()
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.workers = max(1, min(16, cores // self.local_world)) if workers is None else workers
+
+    def best_precision(self):
+        if self.device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+        units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")   # without, it is emulated
+        has = self.device.type == "cpu" and any(getattr(torch.cpu, u, bool)() for u in units)
+        return torch.bfloat16 if has else None
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+    def say(self, *words, **how):
+        if self.rank == 0:
+            print(*words, flush=True, **how)
+
+    def agree(self, code):
+        """The highest of the processes' codes: what one of them wants, all do."""
+        if self.world > 1:
+            flag = torch.tensor([code])
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            return flag.item()
+        return code
+
+
+@contextlib.contextmanager
+def process_group(env):
+    """torchrun's processes joined for the time of the run; alone, nothing."""
+    if env.world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        if env.world > 1:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def caught_signals():
+    """A list of the SIGTERM (pre-emption) and SIGINT (Ctrl-C) that came, which else do nothing."""
+    came, former = [], {}
+    with contextlib.suppress(ValueError):   # not in the main thread: then they do as always
+        for number in (signal.SIGTERM, signal.SIGINT):
+            former[number] = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield came
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def run_eval(args, env):
+    """--eval: the accuracies of a checkpoint on DATA/val, by each head."""
+    overrides = {} if args.img_size is None else {"img_size": args.img_size}
+    model = deit.load_model(args.eval, say=env.say, **overrides).to(env.device)
+    folder = ImageFolder(os.path.join(args.data, "val"), model.classes)
+    known, size = model.config["num_classes"], args.img_size or model.config["img_size"]
+    if known != len(folder.classes):
+        raise InputError(f"{args.eval} knows {known} classes, {folder.root} has "
+                         f"{len(folder.classes)}.")
+    every = np.arange(len(folder))
+    scores, broken = evaluate({"it": model}, folder, size, args.micro_batch or 128, every, env)
+    score, unreadable = scores["it"], f", {broken} unreadable, counted as wrong" if broken else ""
+    env.say(f"{args.eval}: {len(folder)} images at {size} px{unreadable}")
+    for key, name in (("cls", "class head"), ("dist", "distillation head"), ("both", "both")):
+        env.say(f"  {name:18s} top-1 {score[key]:6.3f} %   top-5 {score[key + '5']:6.3f} %")
+    return score
+
+
+def create_student(args, num_classes, say):
+    """The model to be trained, with its architecture in `.config`."""
+    flags = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path")
+    given = {f: getattr(args, f) for f in flags if getattr(args, f) is not None}
+    if args.model in deit.VARIANTS:
+        given = {"drop_path": 0.1} | given
+    model = deit.create_classifier(args.model, num_classes, **given)
+    if args.finetune:
+        deit.load_weights(model, args.finetune, say=say)
+    return model
+
+
+def create_teacher(args, classes, val, size, env):
+    """The frozen teacher on the device, after a trial on validation images."""
+    weights = None if args.teacher_weights == "none" else args.teacher_weights
+    for turn in (0, 1):   # one process a node downloads, the others then find the file
+        if turn == (env.local_rank > 0):
+            teacher = deit.load_teacher(args.teacher, weights, len(classes), img_size=size)
+        if env.world > 1:
+            dist.barrier()
+    if teacher.classes not in (None, classes):
+        raise InputError(f"the teacher {weights} was trained on other classes than {args.data}'s: "
+                         f"{', '.join(teacher.classes[:3])}, ...; train one on these.")
+    dtype = torch.bfloat16 if env.amp == torch.bfloat16 else torch.float32
+    teacher = teacher.to(env.device, dtype)   # held in bf16, not cast at every step
+    some = np.unique(np.linspace(0, len(val) - 1, 512).astype(np.int64))
+    accuracy = evaluate({"it": teacher}, val, size, 64, some, env)[0]["it"]["cls"]
+    env.say(f"teacher        {args.teacher} {args.teacher_weights}, {accuracy:.1f} % on {len(some)} "
+            "validation images")
+    chance = 1 / len(classes)
+    bound = chance + 2 * math.sqrt(chance * (1 - chance) / len(some))   # two standard errors
+    if weights and accuracy / 100 <= bound:
+        raise InputError(f"the teacher is right on {accuracy:.1f} % of {len(some)} validation "
+                         "images, no better than chance: its classes are in another order than "
+                         f"{args.data}'s, or it is not trained.")
+    return teacher
+
+
+def run(args, env):
+    """Trains args.model on args.data; returns the log, one record an epoch. Raises InputError."""
+    say, device, world = env.say, env.device, env.world
+    output = args.output or os.path.join("runs", args.model)
+    last_path, prev_path, best_path, log_path = (
+        os.path.join(output, name) for name in ("last.pt", "last.prev.pt", "best.pt", "log.jsonl"))
+    if not args.resume and any(map(os.path.exists, (last_path, prev_path))):
+        raise InputError(f"{output} holds a run: add --resume to go on with it, or choose another "
+                         "--output.")
+
+    # What follows from the flags, and whether it fits together
+    is_distilled = args.model in deit.VARIANTS and deit.VARIANTS[args.model][3]
+    mode = args.distillation or ("hard" if is_distilled else "none")
+    if is_distilled and mode == "none":
+        raise InputError(f"{args.model} learns from a teacher: without one (--distillation none) "
+                         f"take --model {args.model.replace('distilled_', '')}.")
+    batch, micro = args.batch_size, args.micro_batch or max(1, min(128, args.batch_size // world))
+    accumulation = batch // (micro * world)
+    if batch != accumulation * micro * world:
+        raise InputError(f"--batch-size {batch} is not processes x micro-batch ({world} x {micro}) x "
+                         f"an integer: take {max(1, round(batch / micro / world)) * micro * world}.")
+    train = ImageFolder(os.path.join(args.data, "train"))
+    val = ImageFolder(os.path.join(args.data, "val"), train.classes)
+    classes, K = train.classes, len(train.classes)
+    if K < 2:
+        raise InputError(f"{train.root} holds one class only, {classes[0]}: there is no choice to "
+                         "learn.")
+    epoch_steps = len(train) // batch
+    if epoch_steps == 0:
+        raise InputError(f"{train.root} holds {len(train)} images, fewer than a batch of {batch}: "
+                         "lower --batch-size.")
+    total_steps, warmup_steps = args.epochs * epoch_steps, round(args.warmup_epochs * epoch_steps)
+    peak = args.lr * batch / 512
+
+    # Three names: model is raw (saved, evaluated), net compiled and wrapped (trained), ema averaged
+    torch.manual_seed(keyed(args.seed, "weights").getrandbits(63))
+    model = create_student(args, K, say).to(device)
+    size = args.img_size or model.config["img_size"]
+    net = torch.compile(model) if args.compile else model
+    if world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(
+            net, gradient_as_bucket_view=True, broadcast_buffers=False)
+    ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
+    groups = parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=peak, fused=device.type in ("cuda", "cpu"))
+    scaler = torch.amp.GradScaler(device.type, enabled=env.amp == torch.float16)
+
+    # What changes while it runs: all of it is in a checkpoint. Sums, of this epoch: loss, agreeing
+    # views, micro-batches; in float64, which adds up the same in any order.
+    step, best, log, broken = 0, -1.0, [], set()
+    sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+    saved, path = read_last((last_path, prev_path), say) if args.resume else (None, None)
+    if saved:
+        changed = [f"--{name.replace('_', '-')}" for name, value in saved["flags"].items()
+                   if name not in FREE_FLAGS and vars(args).get(name) != value]
+        if changed or saved["classes"] != classes:
+            raise InputError(f"{path} is of another run, {', '.join(changed) or 'the classes'} "
+                             "differ: give the same again, or another --output.")
+        model.load_state_dict(saved["model"])
+        if ema:
+            ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        step, best, log, broken = saved["step"], saved["best"], saved["log"], set(saved["unreadable"])
+        sums += torch.tensor(saved["sums"], dtype=sums.dtype).to(device) * (env.rank == 0)
+        say(f"resumed        {path}, {step} of {total_steps} steps done")
+        if len(log) == args.epochs:
+            say(f"finished       nothing left to do, best top-1 {best:.2f} %")
+            return log
+
+    def save(is_best=False):
+        """last.pt (the former becomes last.prev.pt), log.jsonl and, if so, best.pt, which lacks what
+        only going on needs. Called by all processes; the first one writes."""
+        total, unreadable = all_sum(sums.clone()).tolist(), sorted(gather_union(broken, world))
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise InputError(f"weights are not finite after step {step}: {ADVICE}; the last good save "
+                             f"is {last_path}.")
+        whole = {
+            "model": model.state_dict(), "ema": ema.state_dict() if ema else None,
+            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "epoch": step // epoch_steps, "step": step, "best": best, "log": log, "sums": total,
+            "unreadable": unreadable, "config": {"name": args.model, **model.config},
+            "classes": classes, "flags": dict(vars(args)),
+            "preprocessing": {"size": size, "crop_ratio": deit.CROP_RATIO, "interpolation": "bicubic",
+                              "mean": list(deit.IMAGENET_MEAN), "std": list(deit.IMAGENET_STD)},
+        }
+        if env.rank > 0:
+            return
+        try:
+            if is_best:
+                light = whole | dict.fromkeys(("ema", "optimizer", "scaler"))
+                write_atomically(best_path, lambda f: torch.save(light, f))
+            write_atomically(last_path, lambda f: torch.save(whole, f), keep=prev_path)
+            write_log(log_path, log)
+        except OSError as e:
+            say(f"not saved      {e}; the former save stands, and the next one is tried again")
+
+    teacher = create_teacher(args, classes, val, size, env) if mode != "none" else None
+    decayed, exempt = ([p.numel() for p in group["params"]] for group in groups)
+    say(f"model          {args.model}, {sum(decayed) + sum(exempt):,} parameters, {size} px\n"
+        f"data           {len(train)} training and {len(val)} validation images of {K} classes\n"
+        f"batch          {batch} views = {world} processes x {micro} micro-batch x {accumulation} "
+        f"accumulated; {args.repeats} views an image\n"
+        f"schedule       {args.epochs} epochs of {epoch_steps} steps, lr {peak:.3g} after "
+        f"{warmup_steps} steps of warm-up\n"
+        f"weight decay   {args.weight_decay} on {len(decayed)} tensors ({sum(decayed):,}), none on "
+        f"{len(exempt)} ({sum(exempt):,})\n"
+        f"distillation   {mode}\n"
+        f"running on     {device}, {str(env.amp or torch.float32)[6:]}, {env.workers} loader "
+        f"workers, torch {torch.__version__}, output in {output}")
+    if env.rank == 0:
+        os.makedirs(output, exist_ok=True)
+
+    dataset = TrainViews(train, size, args.seed, args.randaugment, args.erasing)
+    sampler = TrainSampler(len(train), batch, micro, args.repeats, args.seed, env.rank, world,
+                           step, total_steps)
+    batches = iter(make_loader(dataset, sampler, env.workers, device))
+    places = range(env.rank, batch // micro, world)   # of this process's micro-batches in the batch
+    one, live = torch.ones((), device=device), sys.stdout.isatty()
+    waited, first_step, run_start = 0.0, step, time.perf_counter()
+    epoch_start = last_save = run_start
+    model.train()
+
+    with caught_signals() as signals:
+        while len(log) < args.epochs:
+            if step < (len(log) + 1) * epoch_steps:
+                lr = lr_at(step, peak, args.min_lr, warmup_steps, total_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                for k in places:
+                    # 1. batch: uint8 views from the workers
+                    asked = time.perf_counter()
+                    views, labels, boxes, unreadable = next(batches)
+                    broken.update(unreadable.tolist())
+                    waited += time.perf_counter() - asked
+                    # 2. mix: normalise, erase, mixup or CutMix, on the device
+                    rng = keyed(args.seed, "device", step, k)
+                    torch.manual_seed(rng.getrandbits(63))   # of erasing's noise and drop paths
+                    images = erase(normalise(views, device), boxes)
+                    targets = smooth_targets(labels.to(device, non_blocking=True), K, args.smoothing)
+                    images, targets = mix(images, targets, args.mixup, args.cutmix, rng)
+                    is_last = k == places[-1]   # only then are gradients averaged over processes
+                    with contextlib.nullcontext() if is_last or world == 1 else net.no_sync():
+                        with env.autocast():
+                            # 3. teacher: it sees exactly the student's pixels
+                            teacher_logits = teacher(images) if teacher else None
+                            # 4. student
+                            cls_logits, dist_logits = pair(net(images))
+                            # 5. loss
+                            loss = deit.distillation_loss(cls_logits, dist_logits, targets,
+                                                          teacher_logits, mode, args.alpha, args.tau)
+                        # 6. backward
+                        scaler.scale(loss / accumulation).backward()
+                    same = (dist_logits.argmax(1) == teacher_logits.argmax(1)).float().mean() \
+                        if teacher else 0 * one
+                    sums += torch.stack([loss.detach(), same, one])
+                # 7. step
+                if args.clip_grad:
+                    scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                # 8. average
+                if ema:
+                    update_ema(ema, model, ema_decay_at(step, args.ema_decay))
+                step += 1
+                # 9. log
+                at = (step - 1) % epoch_steps + 1
+                if at % args.log_every == 0 or at == epoch_steps:
+                    mean_loss, seconds = (sums[0] / sums[2]).item(), time.perf_counter() - epoch_start
+                    if not math.isfinite(mean_loss):
+                        raise InputError(f"the loss is {mean_loss} at step {step}, lr {lr:.2e}: "
+                                         f"{ADVICE}; the last good save is {last_path}.")
+                    rate = (time.perf_counter() - run_start) / (step - first_step)
+                    say(f"epoch {len(log) + 1} step {at}/{epoch_steps}  loss {mean_loss:.3f}  lr {lr:.2e}"
+                        f"  {batch / rate:.0f} img/s  waiting {100 * waited / seconds:.0f} %  "
+                        f"{clock(rate * (total_steps - step))} left ", end="\r" if live else "\n")
+                # 10. save, when it is time or the run is told to stop
+                late = env.rank == 0 and time.perf_counter() - last_save > 60 * args.save_minutes
+                code = env.agree(signals[-1] if signals else int(late))
+                if code:
+                    save()
+                    last_save = time.perf_counter()
+                if code > 1:
+                    say(f"stopped        by {signal.Signals(code).name} after step {step}, saved in "
+                        f"{output}: --resume goes on")
+                    raise SystemExit(128 + code)
+                continue
+
+            # An epoch is done: evaluate, record, save
+            seconds = time.perf_counter() - epoch_start
+            average_buffers(model, world)
+            models = {"model": model} | ({"ema": ema} if ema else {})
+            scores, bad_val = evaluate(models, val, size, micro, np.arange(len(val)), env)
+            mean_loss, same, _ = (all_sum(sums.clone()) / all_sum(sums[2].clone())).tolist()
+            broken = gather_union(broken, world)
+            record = {"epoch": len(log) + 1, "step": step, "lr": lr_at(
+                step - 1, peak, args.min_lr, warmup_steps, total_steps), "train_loss": mean_loss}
+            record |= {key: scores["model"][key] for key in ("cls", "dist", "both")}
+            if ema:
+                record |= {"ema_" + key: scores["ema"][key] for key in ("cls", "dist", "both")}
+            if teacher:
+                record["agreement"] = 100 * same
+            log.append(record | {
+                "val_images": len(val), "unreadable": len(broken) + bad_val,
+                "img_per_s": (step - max(first_step, step - epoch_steps)) * batch / seconds,
+                "waiting": waited / seconds, "seconds": time.perf_counter() - epoch_start})
+            say(epoch_line(log[-1]))
+            is_best, best = record["both"] > best, max(record["both"], best)
+            sums.zero_()
+            save(is_best)
+            waited, epoch_start = 0.0, time.perf_counter()
+            last_save = epoch_start
+            if broken:
+                named = ", ".join(repr(os.fsdecode(train.path(i))) for i in sorted(broken)[:3])
+                say(f"unreadable     {len(broken)} training images, others of their class stand in: "
+                    f"{named}")
+            if len(broken) > len(train) / 100:
+                raise InputError(f"{len(broken)} of {len(train)} training images cannot be read, more "
+                                 f"than 1 %: mend or remove them ({named}).")
+    say(f"finished       {clock(time.perf_counter() - run_start)}, best top-1 {best:.2f} %, in {output}")
+    return log
+
+
+def pair(output):
+    """What a model in training returned, as (class logits, distillation logits)."""
+    return output if isinstance(output, tuple) else (output, output)
+
+
+def update_ema(ema, model, decay):
+    """ema = decay ema + (1 - decay) model, in few kernels; buffers (counts, statistics) are copied."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        for mine, theirs in zip(ema.buffers(), model.buffers()):
+            mine.copy_(theirs)
+
+
+def average_buffers(model, world):
+    """Each process gathers its own batch statistics (convnets' only; DeiT has none): their mean."""
+    for buffer in model.buffers():
+        if world > 1 and buffer.is_floating_point():
+            all_sum(buffer).div_(world)
+
+
+def gather_union(numbers, world):
+    """The union of the processes' sets."""
+    everyone = [numbers]
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, numbers)
+    return set().union(*everyone)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def epoch_line(r):
+    """One aligned line an epoch."""
+    ema = f"  ema {r['ema_both']:5.2f}" if "ema_both" in r else ""
+    agreement = f"  agreement {r['agreement']:4.1f}" if "agreement" in r else ""
+    unreadable = f"  {r['unreadable']} unreadable" if r["unreadable"] else ""
+    return (f"epoch {r['epoch']:3d}  loss {r['train_loss']:6.3f}  top-1 % of {r['val_images']}: class "
+            f"{r['cls']:5.2f}  dist {r['dist']:5.2f}  both {r['both']:5.2f}{ema}{agreement}"
+            f"{unreadable}  {r['img_per_s']:.0f} img/s  {clock(r['seconds'])}")
+
+
+# ------------------------------------------------------------------------------------------------
+# The demo
+# ------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    """The program. A user's mistake raises SystemExit with one sentence."""
+    env = None
+    try:
+        args = parse(argv)
+        if args.data is None:
+            raise InputError("--data is missing: give a folder that holds train/<class>/<image> and "
+                             "val/<class>/<image>, or no flags at all for the demo.")
+        env = Environment(args.device, args.amp, args.workers)
+        with process_group(env):
+            return run_eval(args, env) if args.eval else run(args, env)
+    except InputError as e:
+        sentence = str(e).strip().split("InputError: ")[-1]   # of a worker's traceback, the end
+    except torch.OutOfMemoryError:
+        sentence = (f"the device's memory is full: try --micro-batch {(args.micro_batch or 128) // 2} "
+                    "(the batch, and so the result, stays).")
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        sentence = (f"a loader worker died ({str(e).splitlines()[0]}): lower --workers or free memory "
+                    "(in a container, --shm-size), then --resume from the last save.")
+    raise SystemExit(1 if env and env.local_rank else f"train.py: {sentence}")
+
+
+if __name__ == "__main__":
+    main()
