@@ -215,16 +215,15 @@ def init_linear(module):
 # the released files on ImageNet's validation set; the hash is the start of the file's SHA-256.
 # ------------------------------------------------------------------------------------------------
 
-VARIANTS = {
-    # name                                D  heads   S  distilled  parameters   top-1    hash
-    "deit_tiny_patch16_224":            (192,    3,   224,     False,     5717416, 72.202, "a1311bcf"),
-    "deit_small_patch16_224":           (384,    6,   224,     False,    22050664, 79.854, "cd65a155"),
-    "deit_base_patch16_224":            (768,   12,   224,     False,    86567656, 81.846, "b5f2ef4d"),
-    "deit_tiny_distilled_patch16_224":  (192,    3,   224,      True,     5910800, 74.476, "b40b3cf7"),
-    "deit_small_distilled_patch16_224": (384,    6,   224,      True,    22436432, 81.164, "649709d9"),
-    "deit_base_distilled_patch16_224":  (768,   12,   224,      True,    87338192, 83.372, "df68dfff"),
-    "deit_base_patch16_384":            (768,   12,   384,     False,    86859496, 82.890, "8de9b5d1"),
-    "deit_base_distilled_patch16_384":  (768,   12,   384,      True,    87630032, 85.224, "d0272ac0"),
+VARIANTS = {   # name                   D, heads,  S,  distilled, parameters, top-1, hash
+    "deit_tiny_patch16_224":            (192,  3, 224, False,  5717416, 72.202, "a1311bcf"),
+    "deit_small_patch16_224":           (384,  6, 224, False, 22050664, 79.854, "cd65a155"),
+    "deit_base_patch16_224":            (768, 12, 224, False, 86567656, 81.846, "b5f2ef4d"),
+    "deit_tiny_distilled_patch16_224":  (192,  3, 224,  True,  5910800, 74.476, "b40b3cf7"),
+    "deit_small_distilled_patch16_224": (384,  6, 224,  True, 22436432, 81.164, "649709d9"),
+    "deit_base_distilled_patch16_224":  (768, 12, 224,  True, 87338192, 83.372, "df68dfff"),
+    "deit_base_patch16_384":            (768, 12, 384, False, 86859496, 82.890, "8de9b5d1"),
+    "deit_base_distilled_patch16_384":  (768, 12, 384,  True, 87630032, 85.224, "d0272ac0"),
 }
 RELEASES = "https://dl.fbaipublicfiles.com/deit/"
 
@@ -582,13 +581,11 @@ def print_walk(name="deit_tiny_distilled_patch16_224"):
     """Sends two images through a model without memory or arithmetic and prints each shape."""
     with torch.device("meta"):
         model, images = create_model(name), torch.empty(2, 3, 224, 224)
-    print(f"\nThe walk of {name}, B = 2:\n  {'images':16s}{tuple(images.shape)}")
-    for title, module in (("patch_embed", model.patch_embed), ("blocks.0", model.blocks[0]),
-                          ("  attn.qkv", model.blocks[0].attn.qkv), ("  mlp.fc1", model.blocks[0].mlp.fc1),
-                          ("blocks.10", model.blocks[-2]), ("blocks.11", model.blocks[-1]),
-                          ("norm", model.norm), ("head", model.head), ("head_dist", model.head_dist)):
-        module.register_forward_hook(
-            lambda module, x, y, title=title: print(f"  {title:16s}{tuple(y.shape)}"))
+    print(f"\nThe walk of {name}, B = 2:\n  {'images':20s}{tuple(images.shape)}")
+    for name in ("patch_embed", "blocks.0.attn.qkv", "blocks.0.attn", "blocks.0.mlp.fc1",
+                 "blocks.0", "blocks.10", "blocks.11", "norm", "head", "head_dist"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, x, y, name=name: print(f"  {name:20s}{tuple(y.shape)}"))
     model(images)
 
 
@@ -629,11 +626,11 @@ def main(argv=None):
             return classify(args.photo, args.weights)
     except InputError as e:
         raise SystemExit(f"deit.py: {e}") from None
-    print(f"{'name':34s}{'D':>5s}{'heads':>7s}{'S':>5s}{'parameters':>12s}{'top-1 (published)':>20s}")
+    print(f"{'name':34s}{'D':>5s}{'heads':>7s}{'S':>5s}{'parameters':>12s}{'published top-1':>17s}")
     for name, (embed_dim, num_heads, img_size, _, _, top1, _) in VARIANTS.items():
         with torch.device("meta"):
             count = sum(p.numel() for p in create_model(name).parameters())
-        print(f"{name:34s}{embed_dim:5d}{num_heads:7d}{img_size:5d}{count:12,d}{top1:20.3f}")
+        print(f"{name:34s}{embed_dim:5d}{num_heads:7d}{img_size:5d}{count:12,d}{top1:17.3f}")
     print_walk()
 
 

@@ -3,7 +3,7 @@
   python train.py                                           the demo: some minutes, nothing needed
   python train.py --data DIR --model regnet_y_400mf         a teacher for your own classes
   python train.py --data DIR --teacher regnet_y_400mf --teacher-weights runs/regnet_y_400mf/best.pt
-  torchrun --nproc_per_node=8 train.py --data /imagenet     DeiT-S from regnet_y_16gf, as in the paper
+  torchrun --nproc_per_node=8 train.py --data /imagenet     DeiT-S from regnet_y_16gf, the recipe
   python train.py --data DIR --output runs/NAME --resume    goes on where it was stopped
   python train.py --data DIR --eval runs/NAME/best.pt       validation accuracy by each head
 
@@ -11,8 +11,8 @@ DIR holds train/<class>/<image> and val/<class>/<image>. The order of this file 
 things: schedule, augmentation, data, evaluation, saving, flags, the training run, the demo.
 
 Randomness is keyed, not stored: whatever is drawn comes from a generator made of (seed, epoch,
-image, view) in a loader worker, or of (seed, step, k) on the device, k being the micro-batch's place
-in the batch. So neither the number of processes or workers nor an interruption changes a run.
+image, view) in a loader worker, or of (seed, step, k) on the device, k being the micro-batch's
+place in the batch. So neither the number of processes or workers nor an interruption changes a run.
 """
 import argparse
 import contextlib
@@ -359,7 +359,7 @@ def make_loader(dataset, items, workers, device):
 
 
 def ignore_signals(worker):
-    """Ctrl-C and a cluster's SIGTERM go to all processes at once; stopping is the main one's task."""
+    """Ctrl-C and a cluster's SIGTERM reach all processes at once; the main one sees to them."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -408,7 +408,7 @@ def evaluate(models, folder, size, batch, indices, env):
 
 def write_atomically(path, write, keep=None):
     """write(file) into a file beside `path`, onto the disk, then renamed: `path` is always whole.
-    What was there before is kept under the name `keep`. Raises OSError; then nothing has changed."""
+    What was there before is kept as `keep`. Raises OSError, and then nothing has changed."""
     try:
         with open(path + ".tmp", "wb") as f:
             write(f)
@@ -475,7 +475,7 @@ def parse(argv):
     add("--num-heads", "attention heads [the model's]", type=int, metavar="h")
     add("--drop-path", "stochastic depth of the last block, rising from 0 at the first [0.1]",
         type=float, metavar="X")
-    add("--finetune", "weights to start from: a file, URL or published name [random]", metavar="SOURCE")
+    add("--finetune", "first weights: a file, URL or published name [random]", metavar="SOURCE")
 
     add = group("distillation")
     add("--distillation", "[hard for a distilled model, none for others]",
@@ -528,8 +528,8 @@ def parse(argv):
 def check(args):
     """Refuses impossible numbers."""
     rules = (
-        ("epochs batch_size micro_batch repeats log_every tau lr img_size patch_size embed_dim depth "
-         "num_heads", lambda x: 0 < x < math.inf, "it must be above 0"),
+        ("epochs batch_size micro_batch repeats log_every tau lr img_size patch_size embed_dim "
+         "depth num_heads", lambda x: 0 < x < math.inf, "it must be above 0"),
         ("min_lr weight_decay clip_grad mixup cutmix seed warmup_epochs workers save_minutes",
          lambda x: 0 <= x < math.inf, "it must be 0 or more"),
         ("smoothing erasing alpha", lambda x: 0 <= x <= 1, "it must lie in 0..1"),
@@ -629,7 +629,7 @@ def run_eval(args, env):
     overrides = {} if args.img_size is None else {"img_size": args.img_size}
     model = deit.load_model(args.eval, say=env.say, **overrides).to(env.device)
     folder = ImageFolder(os.path.join(args.data, "val"), model.classes)
-    known, size = model.config["num_classes"], args.img_size or model.config["img_size"]
+    known, size = model.config["num_classes"], model.config["img_size"]
     if known != len(folder.classes):
         raise InputError(f"{args.eval} knows {known} classes, {folder.root} has "
                          f"{len(folder.classes)}.")
@@ -669,8 +669,8 @@ def create_teacher(args, classes, val, size, env):
     teacher = teacher.to(env.device, dtype)   # held in bf16, not cast at every step
     some = np.unique(np.linspace(0, len(val) - 1, 512).astype(np.int64))
     accuracy = evaluate({"it": teacher}, val, size, 64, some, env)[0]["it"]["cls"]
-    env.say(f"teacher        {args.teacher} {args.teacher_weights}, {accuracy:.1f} % on {len(some)} "
-            "validation images")
+    env.say(f"teacher        {args.teacher} {args.teacher_weights}, {accuracy:.1f} % right on "
+            f"{len(some)} validation images")
     chance = 1 / len(classes)
     bound = chance + 2 * math.sqrt(chance * (1 - chance) / len(some))   # two standard errors
     if weights and accuracy / 100 <= bound:
@@ -686,7 +686,7 @@ def run(args, env):
     output = args.output or os.path.join("runs", args.model)
     last_path, prev_path, best_path, log_path = (
         os.path.join(output, name) for name in ("last.pt", "last.prev.pt", "best.pt", "log.jsonl"))
-    if not args.resume and any(map(os.path.exists, (last_path, prev_path))):
+    if not args.resume and any(map(os.path.exists, (last_path, prev_path, best_path))):
         raise InputError(f"{output} holds a run: add --resume to go on with it, or choose another "
                          "--output.")
 
@@ -699,8 +699,9 @@ def run(args, env):
     batch, micro = args.batch_size, args.micro_batch or max(1, min(128, args.batch_size // world))
     accumulation = batch // (micro * world)
     if batch != accumulation * micro * world:
-        raise InputError(f"--batch-size {batch} is not processes x micro-batch ({world} x {micro}) x "
-                         f"an integer: take {max(1, round(batch / micro / world)) * micro * world}.")
+        nearest = max(1, round(batch / (micro * world))) * micro * world
+        raise InputError(f"--batch-size {batch} is not processes x micro-batch x an integer "
+                         f"({world} x {micro} x n): take {nearest}.")
     train = ImageFolder(os.path.join(args.data, "train"))
     val = ImageFolder(os.path.join(args.data, "val"), train.classes)
     classes, K = train.classes, len(train.classes)
@@ -717,7 +718,7 @@ def run(args, env):
     # Three names: model is raw (saved, evaluated), net compiled and wrapped (trained), ema averaged
     torch.manual_seed(keyed(args.seed, "weights").getrandbits(63))
     model = create_student(args, K, say).to(device)
-    size = args.img_size or model.config["img_size"]
+    size = model.config["img_size"]
     net = torch.compile(model) if args.compile else model
     if world > 1:
         net = torch.nn.parallel.DistributedDataParallel(
@@ -730,7 +731,8 @@ def run(args, env):
     # What changes while it runs: all of it is in a checkpoint. Sums, of this epoch: loss, agreeing
     # views, micro-batches; in float64, which adds up the same in any order.
     step, best, log, broken = 0, -1.0, [], set()
-    sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    sums = torch.zeros(3, device=device)
+    sums = sums if device.type == "mps" else sums.double()
 
     saved, path = read_last((last_path, prev_path), say) if args.resume else (None, None)
     if saved:
@@ -744,7 +746,8 @@ def run(args, env):
             ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        step, best, log, broken = saved["step"], saved["best"], saved["log"], set(saved["unreadable"])
+        step, best, log = saved["step"], saved["best"], saved["log"]
+        broken.update(saved["unreadable"])
         sums += torch.tensor(saved["sums"], dtype=sums.dtype).to(device) * (env.rank == 0)
         say(f"resumed        {path}, {step} of {total_steps} steps done")
         if len(log) == args.epochs:
@@ -752,20 +755,21 @@ def run(args, env):
             return log
 
     def save(is_best=False):
-        """last.pt (the former becomes last.prev.pt), log.jsonl and, if so, best.pt, which lacks what
-        only going on needs. Called by all processes; the first one writes."""
+        """last.pt (the former becomes last.prev.pt), log.jsonl and, if so, best.pt, which lacks
+        what only going on needs. Called by all processes; the first one writes."""
         total, unreadable = all_sum(sums.clone()).tolist(), sorted(gather_union(broken, world))
         if not all(p.isfinite().all() for p in model.parameters()):
-            raise InputError(f"weights are not finite after step {step}: {ADVICE}; the last good save "
-                             f"is {last_path}.")
+            raise InputError(f"weights are not finite after step {step}: {ADVICE}; the last good "
+                             f"save is {last_path}.")
         whole = {
             "model": model.state_dict(), "ema": ema.state_dict() if ema else None,
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "epoch": step // epoch_steps, "step": step, "best": best, "log": log, "sums": total,
             "unreadable": unreadable, "config": {"name": args.model, **model.config},
             "classes": classes, "flags": dict(vars(args)),
-            "preprocessing": {"size": size, "crop_ratio": deit.CROP_RATIO, "interpolation": "bicubic",
-                              "mean": list(deit.IMAGENET_MEAN), "std": list(deit.IMAGENET_STD)},
+            "preprocessing": {"size": size, "crop_ratio": deit.CROP_RATIO,
+                              "interpolation": "bicubic", "mean": list(deit.IMAGENET_MEAN),
+                              "std": list(deit.IMAGENET_STD)},
         }
         if env.rank > 0:
             return
@@ -820,7 +824,8 @@ def run(args, env):
                     rng = keyed(args.seed, "device", step, k)
                     torch.manual_seed(rng.getrandbits(63))   # of erasing's noise and drop paths
                     images = erase(normalise(views, device), boxes)
-                    targets = smooth_targets(labels.to(device, non_blocking=True), K, args.smoothing)
+                    labels = labels.to(device, non_blocking=True)
+                    targets = smooth_targets(labels, K, args.smoothing)
                     images, targets = mix(images, targets, args.mixup, args.cutmix, rng)
                     is_last = k == places[-1]   # only then are gradients averaged over processes
                     with contextlib.nullcontext() if is_last or world == 1 else net.no_sync():
@@ -830,8 +835,9 @@ def run(args, env):
                             # 4. student
                             cls_logits, dist_logits = pair(net(images))
                             # 5. loss
-                            loss = deit.distillation_loss(cls_logits, dist_logits, targets,
-                                                          teacher_logits, mode, args.alpha, args.tau)
+                            loss = deit.distillation_loss(
+                                cls_logits, dist_logits, targets, teacher_logits, mode, args.alpha,
+                                args.tau)
                         # 6. backward
                         scaler.scale(loss / accumulation).backward()
                     same = (dist_logits.argmax(1) == teacher_logits.argmax(1)).float().mean() \
@@ -851,14 +857,15 @@ def run(args, env):
                 # 9. log
                 at = (step - 1) % epoch_steps + 1
                 if at % args.log_every == 0 or at == epoch_steps:
-                    mean_loss, seconds = (sums[0] / sums[2]).item(), time.perf_counter() - epoch_start
+                    mean_loss, now = (sums[0] / sums[2]).item(), time.perf_counter()
                     if not math.isfinite(mean_loss):
                         raise InputError(f"the loss is {mean_loss} at step {step}, lr {lr:.2e}: "
                                          f"{ADVICE}; the last good save is {last_path}.")
-                    rate = (time.perf_counter() - run_start) / (step - first_step)
-                    say(f"epoch {len(log) + 1} step {at}/{epoch_steps}  loss {mean_loss:.3f}  lr {lr:.2e}"
-                        f"  {batch / rate:.0f} img/s  waiting {100 * waited / seconds:.0f} %  "
-                        f"{clock(rate * (total_steps - step))} left ", end="\r" if live else "\n")
+                    pace = (now - run_start) / (step - first_step)   # seconds, evaluation included
+                    say(f"epoch {len(log) + 1} step {at}/{epoch_steps}  loss {mean_loss:.3f}  lr "
+                        f"{lr:.2e}  {batch / pace:.0f} img/s  waiting for data "
+                        f"{100 * waited / (now - epoch_start):.0f} %  "
+                        f"{clock(pace * (total_steps - step))} left ", end="\r" if live else "\n")
                 # 10. save, when it is time or the run is told to stop
                 late = env.rank == 0 and time.perf_counter() - last_save > 60 * args.save_minutes
                 code = env.agree(signals[-1] if signals else int(late))
@@ -866,8 +873,8 @@ def run(args, env):
                     save()
                     last_save = time.perf_counter()
                 if code > 1:
-                    say(f"stopped        by {signal.Signals(code).name} after step {step}, saved in "
-                        f"{output}: --resume goes on")
+                    say(f"stopped        by {signal.Signals(code).name} after step {step}, saved "
+                        f"in {output}: --resume goes on")
                     raise SystemExit(128 + code)
                 continue
 
@@ -897,12 +904,12 @@ def run(args, env):
             last_save = epoch_start
             if broken:
                 named = ", ".join(repr(os.fsdecode(train.path(i))) for i in sorted(broken)[:3])
-                say(f"unreadable     {len(broken)} training images, others of their class stand in: "
-                    f"{named}")
+                say(f"unreadable     {len(broken)} training images, others of their class stand "
+                    f"in: {named}")
             if len(broken) > len(train) / 100:
-                raise InputError(f"{len(broken)} of {len(train)} training images cannot be read, more "
-                                 f"than 1 %: mend or remove them ({named}).")
-    say(f"finished       {clock(time.perf_counter() - run_start)}, best top-1 {best:.2f} %, in {output}")
+                raise InputError(f"{len(broken)} of {len(train)} training images cannot be read, "
+                                 f"more than 1 %: mend or remove them ({named}).")
+    say(f"finished       in {clock(time.perf_counter() - run_start)}, best top-1 {best:.2f} %")
     return log
 
 
@@ -912,7 +919,7 @@ def pair(output):
 
 
 def update_ema(ema, model, decay):
-    """ema = decay ema + (1 - decay) model, in few kernels; buffers (counts, statistics) are copied."""
+    """ema = decay ema + (1 - decay) model, in few kernels; buffers (statistics) are copied."""
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         for mine, theirs in zip(ema.buffers(), model.buffers()):
@@ -944,8 +951,8 @@ def epoch_line(r):
     ema = f"  ema {r['ema_both']:5.2f}" if "ema_both" in r else ""
     agreement = f"  agreement {r['agreement']:4.1f}" if "agreement" in r else ""
     unreadable = f"  {r['unreadable']} unreadable" if r["unreadable"] else ""
-    return (f"epoch {r['epoch']:3d}  loss {r['train_loss']:6.3f}  top-1 % of {r['val_images']}: class "
-            f"{r['cls']:5.2f}  dist {r['dist']:5.2f}  both {r['both']:5.2f}{ema}{agreement}"
+    return (f"epoch {r['epoch']:3d}  loss {r['train_loss']:6.3f}  top-1 % of {r['val_images']}: "
+            f"class {r['cls']:5.2f}  dist {r['dist']:5.2f}  both {r['both']:5.2f}{ema}{agreement}"
             f"{unreadable}  {r['img_per_s']:.0f} img/s  {clock(r['seconds'])}")
 
 
@@ -959,21 +966,21 @@ def main(argv=None):
     try:
         args = parse(argv)
         if args.data is None:
-            raise InputError("--data is missing: give a folder that holds train/<class>/<image> and "
-                             "val/<class>/<image>, or no flags at all for the demo.")
+            raise InputError("--data is missing: give a folder that holds train/<class>/<image> "
+                             "and val/<class>/<image>, or no flags at all for the demo.")
         env = Environment(args.device, args.amp, args.workers)
         with process_group(env):
             return run_eval(args, env) if args.eval else run(args, env)
     except InputError as e:
         sentence = str(e).strip().split("InputError: ")[-1]   # of a worker's traceback, the end
     except torch.OutOfMemoryError:
-        sentence = (f"the device's memory is full: try --micro-batch {(args.micro_batch or 128) // 2} "
-                    "(the batch, and so the result, stays).")
+        smaller = max(1, (args.micro_batch or 128) // 2)
+        sentence = f"the device's memory is full: try --micro-batch {smaller} (the batch stays)."
     except RuntimeError as e:
         if "DataLoader worker" not in str(e):
             raise
-        sentence = (f"a loader worker died ({str(e).splitlines()[0]}): lower --workers or free memory "
-                    "(in a container, --shm-size), then --resume from the last save.")
+        sentence = (f"a loader worker died ({str(e).splitlines()[0]}): lower --workers or free "
+                    "memory (in a container, raise --shm-size), then --resume from the last save.")
     raise SystemExit(1 if env and env.local_rank else f"train.py: {sentence}")
 
 
