@@ -680,8 +680,9 @@ def create_teacher(args, classes, val, size, env):
     return teacher
 
 
-def run(args, env):
-    """Trains args.model on args.data; returns the log, one record an epoch. Raises InputError."""
+def run(args, env, signals):
+    """Trains args.model on args.data; returns the log, one record an epoch. Once a signal is in the
+    list `signals`, saves and exits. Raises InputError."""
     say, device, world = env.say, env.device, env.world
     output = args.output or os.path.join("runs", args.model)
     last_path, prev_path, best_path, log_path = (
@@ -808,107 +809,103 @@ def run(args, env):
     epoch_start = last_save = run_start
     model.train()
 
-    with caught_signals() as signals:
-        while len(log) < args.epochs:
-            if step < (len(log) + 1) * epoch_steps:
-                lr = lr_at(step, peak, args.min_lr, warmup_steps, total_steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                for k in places:
-                    # 1. batch: uint8 views from the workers
-                    asked = time.perf_counter()
-                    views, labels, boxes, unreadable = next(batches)
-                    broken.update(unreadable.tolist())
-                    waited += time.perf_counter() - asked
-                    # 2. mix: normalise, erase, mixup or CutMix, on the device
-                    rng = keyed(args.seed, "device", step, k)
-                    torch.manual_seed(rng.getrandbits(63))   # of erasing's noise and drop paths
-                    images = erase(normalise(views, device), boxes)
-                    labels = labels.to(device, non_blocking=True)
-                    targets = smooth_targets(labels, K, args.smoothing)
-                    images, targets = mix(images, targets, args.mixup, args.cutmix, rng)
-                    is_last = k == places[-1]   # only then are gradients averaged over processes
-                    with contextlib.nullcontext() if is_last or world == 1 else net.no_sync():
-                        with env.autocast():
-                            # 3. teacher: it sees exactly the student's pixels
-                            teacher_logits = teacher(images) if teacher else None
-                            # 4. student
-                            cls_logits, dist_logits = pair(net(images))
-                            # 5. loss
-                            loss = deit.distillation_loss(
-                                cls_logits, dist_logits, targets, teacher_logits, mode, args.alpha,
-                                args.tau)
-                        # 6. backward
-                        scaler.scale(loss / accumulation).backward()
-                    same = (dist_logits.argmax(1) == teacher_logits.argmax(1)).float().mean() \
-                        if teacher else 0 * one
-                    sums += torch.stack([loss.detach(), same, one])
-                # 7. step
-                if args.clip_grad:
-                    scaler.unscale_(optimizer)
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                # 8. average
-                if ema:
-                    update_ema(ema, model, ema_decay_at(step, args.ema_decay))
-                step += 1
-                # 9. log
-                at = (step - 1) % epoch_steps + 1
-                if at % args.log_every == 0 or at == epoch_steps:
-                    mean_loss, now = (sums[0] / sums[2]).item(), time.perf_counter()
-                    if not math.isfinite(mean_loss):
-                        raise InputError(f"the loss is {mean_loss} at step {step}, lr {lr:.2e}: "
-                                         f"{ADVICE}; the last good save is {last_path}.")
-                    pace = (now - run_start) / (step - first_step)   # seconds, evaluation included
-                    say(f"epoch {len(log) + 1} step {at}/{epoch_steps}  loss {mean_loss:.3f}  lr "
-                        f"{lr:.2e}  {batch / pace:.0f} img/s  waiting for data "
-                        f"{100 * waited / (now - epoch_start):.0f} %  "
-                        f"{clock(pace * (total_steps - step))} left ", end="\r" if live else "\n")
-                # 10. save, when it is time or the run is told to stop
-                late = env.rank == 0 and time.perf_counter() - last_save > 60 * args.save_minutes
-                code = env.agree(signals[-1] if signals else int(late))
-                if code:
-                    save()
-                    last_save = time.perf_counter()
-                if code > 1:
-                    say(f"stopped        by {signal.Signals(code).name} after step {step}, saved "
-                        f"in {output}: --resume goes on")
-                    raise SystemExit(128 + code)
-                continue
-
-            # An epoch is done: evaluate, record, save
-            seconds = time.perf_counter() - epoch_start
-            average_buffers(model, world)
-            models = {"model": model} | ({"ema": ema} if ema else {})
-            scores, bad_val = evaluate(models, val, size, micro, np.arange(len(val)), env)
-            mean_loss, same, _ = (all_sum(sums.clone()) / all_sum(sums[2].clone())).tolist()
-            broken = gather_union(broken, world)
-            record = {"epoch": len(log) + 1, "step": step, "lr": lr_at(
-                step - 1, peak, args.min_lr, warmup_steps, total_steps), "train_loss": mean_loss}
-            record |= {key: scores["model"][key] for key in ("cls", "dist", "both")}
+    while len(log) < args.epochs:
+        while step < (len(log) + 1) * epoch_steps:
+            lr = lr_at(step, peak, args.min_lr, warmup_steps, total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            for k in places:
+                # 1. batch: uint8 views from the workers
+                asked = time.perf_counter()
+                views, labels, boxes, unreadable = next(batches)
+                broken.update(unreadable.tolist())
+                waited += time.perf_counter() - asked
+                # 2. mix: normalise, erase, mixup or CutMix, on the device
+                rng = keyed(args.seed, "device", step, k)
+                torch.manual_seed(rng.getrandbits(63))   # of erasing's noise and drop paths
+                images = erase(normalise(views, device), boxes)
+                labels = labels.to(device, non_blocking=True)
+                targets = smooth_targets(labels, K, args.smoothing)
+                images, targets = mix(images, targets, args.mixup, args.cutmix, rng)
+                if world > 1:   # gradients are averaged over the processes once a step
+                    net.require_backward_grad_sync = k == places[-1]
+                with env.autocast():
+                    # 3. teacher: it sees exactly the student's pixels
+                    teacher_logits = teacher(images) if teacher else None
+                    # 4. student
+                    cls_logits, dist_logits = pair(net(images))
+                # 5. loss
+                loss = deit.distillation_loss(cls_logits, dist_logits, targets, teacher_logits,
+                                              mode, args.alpha, args.tau)
+                # 6. backward
+                scaler.scale(loss / accumulation).backward()
+                same = dist_logits.argmax(1) == teacher_logits.argmax(1) if teacher else 0 * one
+                sums += torch.stack([loss.detach(), same.float().mean(), one])
+            # 7. step
+            if args.clip_grad:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            # 8. average
             if ema:
-                record |= {"ema_" + key: scores["ema"][key] for key in ("cls", "dist", "both")}
-            if teacher:
-                record["agreement"] = 100 * same
-            log.append(record | {
-                "val_images": len(val), "unreadable": len(broken) + bad_val,
-                "img_per_s": (step - max(first_step, step - epoch_steps)) * batch / seconds,
-                "waiting": waited / seconds, "seconds": time.perf_counter() - epoch_start})
-            say(epoch_line(log[-1]))
-            is_best, best = record["both"] > best, max(record["both"], best)
-            sums.zero_()
-            save(is_best)
-            waited, epoch_start = 0.0, time.perf_counter()
-            last_save = epoch_start
-            if broken:
-                named = ", ".join(repr(os.fsdecode(train.path(i))) for i in sorted(broken)[:3])
-                say(f"unreadable     {len(broken)} training images, others of their class stand "
-                    f"in: {named}")
-            if len(broken) > len(train) / 100:
-                raise InputError(f"{len(broken)} of {len(train)} training images cannot be read, "
-                                 f"more than 1 %: mend or remove them ({named}).")
+                update_ema(ema, model, ema_decay_at(step, args.ema_decay))
+            step += 1
+            # 9. log
+            at = (step - 1) % epoch_steps + 1
+            if at % args.log_every == 0 or at == epoch_steps:
+                mean_loss, now = (sums[0] / sums[2]).item(), time.perf_counter()
+                if not math.isfinite(mean_loss):
+                    raise InputError(f"the loss is {mean_loss} at step {step}, lr {lr:.2e}: "
+                                     f"{ADVICE}; the last good save is {last_path}.")
+                pace = (now - run_start) / (step - first_step)   # seconds, evaluation included
+                say(f"epoch {len(log) + 1} step {at}/{epoch_steps}  loss {mean_loss:.3f}  lr "
+                    f"{lr:.2e}  {batch / pace:.0f} img/s  waiting for data "
+                    f"{100 * waited / (now - epoch_start):.0f} %  "
+                    f"{clock(pace * (total_steps - step))} left ", end="\r" if live else "\n")
+            # 10. save, when it is time or the run is told to stop
+            late = env.rank == 0 and time.perf_counter() - last_save > 60 * args.save_minutes
+            code = env.agree(signals[-1] if signals else int(late))
+            if code:
+                save()
+                last_save = time.perf_counter()
+            if code > 1:
+                say(f"stopped        by {signal.Signals(code).name} after step {step}, saved "
+                    f"in {output}: --resume goes on")
+                raise SystemExit(128 + code)
+
+        # An epoch is done: evaluate, record, save
+        seconds = time.perf_counter() - epoch_start
+        average_buffers(model, world)
+        models = {"model": model} | ({"ema": ema} if ema else {})
+        scores, bad_val = evaluate(models, val, size, micro, np.arange(len(val)), env)
+        mean_loss, same, _ = (all_sum(sums.clone()) / all_sum(sums[2].clone())).tolist()
+        broken = gather_union(broken, world)
+        record = {"epoch": len(log) + 1, "step": step, "lr": lr_at(
+            step - 1, peak, args.min_lr, warmup_steps, total_steps), "train_loss": mean_loss}
+        record |= {key: scores["model"][key] for key in ("cls", "dist", "both")}
+        if ema:
+            record |= {"ema_" + key: scores["ema"][key] for key in ("cls", "dist", "both")}
+        if teacher:
+            record["agreement"] = 100 * same
+        log.append(record | {
+            "val_images": len(val), "unreadable": len(broken) + bad_val,
+            "img_per_s": (step - max(first_step, step - epoch_steps)) * batch / seconds,
+            "waiting": waited / seconds, "seconds": time.perf_counter() - epoch_start})
+        say(epoch_line(log[-1]))
+        is_best, best = record["both"] > best, max(record["both"], best)
+        sums.zero_()
+        save(is_best)
+        waited, epoch_start = 0.0, time.perf_counter()
+        last_save = epoch_start
+        if broken:
+            named = ", ".join(repr(os.fsdecode(train.path(i))) for i in sorted(broken)[:3])
+            say(f"unreadable     {len(broken)} training images, others of their class stand "
+                f"in: {named}")
+        if len(broken) > len(train) / 100:
+            raise InputError(f"{len(broken)} of {len(train)} training images cannot be read, "
+                             f"more than 1 %: mend or remove them ({named}).")
     say(f"finished       in {clock(time.perf_counter() - run_start)}, best top-1 {best:.2f} %")
     return log
 
@@ -969,8 +966,8 @@ def main(argv=None):
             raise InputError("--data is missing: give a folder that holds train/<class>/<image> "
                              "and val/<class>/<image>, or no flags at all for the demo.")
         env = Environment(args.device, args.amp, args.workers)
-        with process_group(env):
-            return run_eval(args, env) if args.eval else run(args, env)
+        with process_group(env), caught_signals() as signals:
+            return run_eval(args, env) if args.eval else run(args, env, signals)
     except InputError as e:
         sentence = str(e).strip().split("InputError: ")[-1]   # of a worker's traceback, the end
     except torch.OutOfMemoryError:
