@@ -293,7 +293,7 @@ def read_checkpoint(source):
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise InputError(f"{path} holds no state dict (names and tensors), neither as a whole nor "
                          "under 'model'.")
-    return checkpoint
+    return checkpoint | {"source": source}
 
 
 def resize_pos_embed(pos_embed, model):
@@ -322,9 +322,9 @@ def load_weights(model, source, *, new_heads=True, say=print):
     and `say` is told so (new_heads=False: they are refused). Raises InputError when the
     architectures differ.
     """
-    what = source if isinstance(source, (str, os.PathLike)) else "the state dict"
-    state = source if isinstance(source, dict) else read_checkpoint(source)
-    state = state["model"] if isinstance(state.get("model"), dict) else state
+    checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
+    what = checkpoint.get("source", "the state dict")
+    state = checkpoint["model"] if isinstance(checkpoint.get("model"), dict) else checkpoint
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
     own = model.state_dict()
     if isinstance(model, DeiT) and "pos_embed" in state:

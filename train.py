@@ -860,10 +860,11 @@ def run(args, env, signals):
                     raise InputError(f"the loss is {mean_loss} at step {step}, lr {lr:.2e}: "
                                      f"{ADVICE}; the last good save is {last_path}.")
                 pace = (now - run_start) / (step - first_step)   # seconds, evaluation included
-                say(f"epoch {len(log) + 1} step {at}/{epoch_steps}  loss {mean_loss:.3f}  lr "
-                    f"{lr:.2e}  {batch / pace:.0f} img/s  waiting for data "
-                    f"{100 * waited / (now - epoch_start):.0f} %  "
-                    f"{clock(pace * (total_steps - step))} left ", end="\r" if live else "\n")
+                if live or at < epoch_steps:   # else the epoch's line follows at once
+                    say(f"epoch {len(log) + 1} step {at}/{epoch_steps}  loss {mean_loss:.3f}  lr "
+                        f"{lr:.2e}  {batch / pace:.0f} img/s  waiting for data "
+                        f"{100 * waited / (now - epoch_start):.0f} %  "
+                        f"{clock(pace * (total_steps - step))} left ", end="\r" if live else "\n")
             # 10. save, when it is time or the run is told to stop
             late = env.rank == 0 and time.perf_counter() - last_save > 60 * args.save_minutes
             code = env.agree(signals[-1] if signals else int(late))
@@ -954,17 +955,98 @@ def epoch_line(r):
 
 
 # ------------------------------------------------------------------------------------------------
-# The demo
+# The demo: `python train.py`, what DeiT is about, in minutes, with nothing at hand
 # ------------------------------------------------------------------------------------------------
+
+DEMO_COLOURS = {"red": (205, 60, 50), "green": (60, 150, 70), "blue": (60, 90, 190)}
+DEMO_PATTERNS = {   # where a pattern of period p is dark; all of them look the same in a mirror
+    "rows": lambda x, y, p: y % p < p // 2,
+    "bars": lambda x, y, p: x % p < p // 2,
+    "checks": lambda x, y, p: (x % p < p // 2) == (y % p < p // 2),
+    "dots": lambda x, y, p: (x % p - p / 2) ** 2 + (y % p - p / 2) ** 2 < (0.32 * p) ** 2,
+}
+
+
+def draw_demo(folder, counts=(("train", 2400), ("val", 1200)), size=80):
+    """Draws train/<class>/*.jpg and val/<class>/*.jpg: a large ball and up to four small ones.
+
+    A class is a colour with a pattern, twelve in all. A validation picture is filed under its large
+    ball; a training picture, like a photograph with one tag, under any one of its balls, with a
+    chance in proportion to the ball's area: about half of them under the large one.
+    """
+    rng = np.random.default_rng(0)
+    classes = [(colour, pattern) for colour in DEMO_COLOURS for pattern in DEMO_PATTERNS]
+    y, x = np.mgrid[:size, :size]
+    for split, count in counts:
+        for i in range(count):
+            pixels = rng.uniform(70, 190, 3) + rng.normal(0, 25, (size, size, 3))
+            balls = []   # centre x, centre y, radius, class
+            for low, high in ((0.26, 0.32), *[(0.12, 0.17)] * 4):
+                kind = classes[rng.integers(len(classes)) if balls else i % len(classes)]
+                for _ in range(100):   # tries to find a free place
+                    r = size * rng.uniform(low, high)
+                    cx, cy = rng.uniform(r, size - r, 2)
+                    if all(math.hypot(cx - a, cy - b) > 0.9 * (r + c) for a, b, c, _ in balls):
+                        balls.append((cx, cy, r, kind))
+                        light = np.array(DEMO_COLOURS[kind[0]]) + rng.integers(-25, 26, 3)
+                        (dx, dy), period = rng.integers(0, 10, 2), rng.integers(8, 11)
+                        dark = DEMO_PATTERNS[kind[1]](x + dx, y + dy, period)
+                        inside = np.hypot(x - cx, y - cy) < r
+                        pixels[inside] = np.where(dark[..., None], 0.4 * light, light)[inside]
+                        break
+            area = np.array([r * r for _, _, r, _ in balls])
+            tag = rng.choice(len(balls), p=area / area.sum()) if split == "train" else 0
+            path = os.path.join(folder, split, "_".join(balls[tag][3]), f"{i:05d}.jpg")
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+DEMO_PLAIN = ("--img-size 48 --batch-size 64 --repeats 1 --randaugment 0 --mixup 0 --cutmix 0 "
+              "--erasing 0 --smoothing 0 --ema-decay 0")   # crops and flips: pictures this small
+DEMO_TEACHER = f"--model regnet_demo {DEMO_PLAIN} --epochs 12 --warmup-epochs 2 --lr 4e-3"
+DEMO_STUDENT = (f"{DEMO_PLAIN} --patch-size 8 --embed-dim 128 --depth 4 --num-heads 4 "
+                "--drop-path 0 --epochs 16 --warmup-epochs 3 --lr 3e-3")
+
+
+def demo(seed):
+    """Draws images, trains a teacher, a small DeiT without it and one with it, prints a table."""
+    start = time.perf_counter()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    data, output = os.path.join(cache, "deit", "demo-1"), os.path.join("runs", f"demo-{seed}")
+    if not os.path.isdir(data):
+        print(f"drawing 3,600 small pictures into {data}", flush=True)
+        draw_demo(f"{data}.{os.getpid()}")
+        os.replace(f"{data}.{os.getpid()}", data)   # whole or not there
+    weights = os.path.join(output, "teacher", "best.pt")
+    runs = {"teacher": DEMO_TEACHER,
+            "alone": f"--model deit_tiny_patch16_224 {DEMO_STUDENT}",
+            "distilled": f"--model deit_tiny_distilled_patch16_224 {DEMO_STUDENT} "
+                         f"--teacher regnet_demo --teacher-weights {weights}"}
+    last = {}
+    for name, flags in runs.items():
+        argv = ["--data", data, *flags.split(), "--seed", str(seed), "--output",
+                os.path.join(output, name), "--resume"]
+        print(f"\n$ python train.py {shlex.join(argv)}", flush=True)
+        last[name] = main(argv)[-1]
+    print(f"\nTop-1 in percent on {last['alone']['val_images']} validation images (seed {seed}, "
+          f"{clock(time.perf_counter() - start)} in all)\n"
+          f"  {'':24s}class head  distillation head   both\n"
+          f"  {'RegNet, the teacher':24s}{last['teacher']['cls']:10.1f}\n"
+          f"  {'DeiT alone':24s}{last['alone']['cls']:10.1f}\n"
+          f"  {'DeiT, distilled':24s}{last['distilled']['cls']:10.1f}"
+          f"{last['distilled']['dist']:19.1f}{last['distilled']['both']:7.1f}")
+
 
 def main(argv=None):
     """The program. A user's mistake raises SystemExit with one sentence."""
     env = None
     try:
         args = parse(argv)
+        if vars(args) == vars(parse(["--seed", str(args.seed)])) and "RANK" not in os.environ:
+            return demo(args.seed)
         if args.data is None:
             raise InputError("--data is missing: give a folder that holds train/<class>/<image> "
-                             "and val/<class>/<image>, or no flags at all for the demo.")
+                             "and val/<class>/<image>, or nothing (but --seed) for the demo.")
         env = Environment(args.device, args.amp, args.workers)
         with process_group(env), caught_signals() as signals:
             return run_eval(args, env) if args.eval else run(args, env, signals)
