@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -794,9 +795,8 @@ def test_stopped_and_resumed_equals_straight_through():
             assert all(torch.equal(a[part][k], b[part][k]) for k in a[part]), part
         for p, q in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
             assert all(torch.equal(p[k], q[k]) for k in p)
-        timings = {"img_per_s", "waiting", "seconds"}
-        assert [{k: v for k, v in r.items() if k not in timings} for r in straight] == \
-               [{k: v for k, v in r.items() if k not in timings} for r in resumed]
+        assert [{k: v for k, v in r.items() if k not in TIMINGS} for r in straight] == \
+               [{k: v for k, v in r.items() if k not in TIMINGS} for r in resumed]
         with open(os.path.join(output, "log.jsonl")) as f:
             assert [json.loads(line)["epoch"] for line in f] == [1, 2, 3]
         assert "nothing left to do" in run(*flags, output, "--resume")[1]
@@ -839,27 +839,6 @@ def test_every_row_of_table_3_can_be_trained_and_a_teacher_too():
         quiet(train.main, argv)
         teacher = deit.load_teacher("regnet_demo", os.path.join(folder, "best.pt"), 3)
         assert teacher(torch.randn(1, 3, 32, 32)).shape == (1, 3)
-
-
-def test_accumulation_changes_nothing_beyond_rounding():
-    """One process, one micro-batch of 4 at a time; the reference computes the whole step by hand."""
-    with temporary() as folder:
-        flags = ["--epochs", "2", "--micro-batch", "4", "--drop-path", "0.2", "--output"]
-        log, said = run(*flags, os.path.join(folder, "a"))
-        assert "1 processes x 4 micro-batch x 3 accumulated" in said
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
-                   os.path.join(HERE, "train.py"), "--data", shared_images(), "--model", TI, "--teacher", "regnet_demo",
-                   "--teacher-weights", "none", "--warmup-epochs", "1", "--batch-size", "12", *SMALL_FLAGS, *flags,
-                   os.path.join(folder, "b")]
-        out = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert out.returncode == 0, out.stderr[-2000:]
-        assert "3 processes x 4 micro-batch x 1 accumulated" in out.stdout
-        assert out.stdout.count("epoch   2") == 1, "only rank 0 speaks"
-        with open(os.path.join(folder, "b", "log.jsonl")) as f:
-            other = [json.loads(line) for line in f]
-        for a, b in zip(log, other):
-            assert abs(a["train_loss"] - b["train_loss"]) < 1e-5
-            assert a["both"] == b["both"] and abs(a["agreement"] - b["agreement"]) < 1e-3
 
 
 def test_teacher_with_classes_in_another_order_is_found_out():
@@ -949,12 +928,191 @@ def test_bad_folders_get_one_sentence():
         pass
 
 
+def test_demo_draws_what_it_says():
+    with temporary() as folder:
+        train.draw_demo(folder, (("train", 48), ("val", 24)))
+        val = train.ImageFolder(os.path.join(folder, "val"))
+        assert len(val.classes) == 12 and np.bincount(val.labels).tolist() == [2] * 12
+        assert val.open(0).size == (80, 80)
+        with open(os.path.join(folder, "val", "blue_bars", os.listdir(os.path.join(folder, "val", "blue_bars"))[0]),
+                  "rb") as f:
+            assert f.read(2) == b"\xff\xd8", "a real JPEG"
+
+
 def test_command_lines_say_what_they_should():
     _, said = quiet(deit.main, [])
     assert "5,910,800" in said and "(2, 198, 192)" in said and "(2, 2, 192)" in said
     code = "import sys, deit; print([m for m in ('torchvision', 'PIL', 'numpy.ma', 'train') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert "torchvision" not in out.stdout and "PIL" not in out.stdout, out
+
+
+# ------------------------------------------------------------------------------------------------
+# Interruptions: whatever happens, the result is that of the undisturbed run
+# ------------------------------------------------------------------------------------------------
+
+TIMINGS = {"img_per_s", "waiting", "seconds"}
+FLAGS = ["--epochs", "3", "--micro-batch", "6", "--save-minutes", "0", "--drop-path", "0.2"]
+
+
+def result(output):
+    """What a run leaves behind, without the timings."""
+    last = torch.load(os.path.join(output, "last.pt"), weights_only=True)
+    with open(os.path.join(output, "log.jsonl")) as f:
+        log = [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in f]
+    return last["model"], last["ema"], last["optimizer"]["state"], last["best"], log
+
+
+def same(a, b):
+    """Equal bit for bit, tensors within tuples, lists and dicts too."""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@functools.cache
+def undisturbed():
+    with temporary() as folder:
+        run(*FLAGS, "--output", folder)
+        return result(folder)
+
+
+def resumed(folder, *flags):
+    _, said = run(*FLAGS, *flags, "--output", folder, "--resume")
+    assert same(result(folder), undisturbed())
+    assert [r["epoch"] for r in result(folder)[-1]] == [1, 2, 3]
+    return said
+
+
+def interrupted(folder, at, act, *flags):
+    """The run with act() called after its at-th step."""
+    steps, real = [], train.update_ema
+
+    def step(*args):
+        real(*args)
+        steps.append(1)
+        if len(steps) == at:
+            act()
+
+    with patched(train, "update_ema", step):
+        run(*FLAGS, *flags, "--output", folder)
+
+
+def test_sigterm_and_ctrl_c_finish_the_step_save_and_exit_as_is_the_custom():
+    for number, code, at in ((signal.SIGTERM, 143, 4), (signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 6)):
+        with temporary() as folder:
+            try:
+                interrupted(folder, at, lambda: os.kill(os.getpid(), number))
+            except SystemExit as e:
+                assert e.code == code
+            last = torch.load(os.path.join(folder, "last.pt"), weights_only=True)
+            assert last["step"] == at, "the step was finished, no other begun"
+            assert f"{at} of 9 steps done" in resumed(folder)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
+
+
+class Crash(BaseException):
+    pass
+
+
+def crash():
+    raise Crash
+
+
+def test_a_crash_between_or_inside_saves_loses_at_most_a_step():
+    with temporary() as folder:
+        with raises("", Crash):
+            interrupted(folder, 5, crash)
+        assert "4 of 9 steps done" in resumed(folder)
+    for name in ("last.pt", "last.prev.pt", "best.pt", "log.jsonl"):   # before the rename to each
+        with temporary() as folder:
+            real, seen = os.replace, []
+
+            def replace(source, target, name=name, real=real, seen=seen):
+                seen.append(target)
+                if target.endswith(name) and (len(seen) > 12 or name == "best.pt"):
+                    raise Crash
+                real(source, target)
+
+            with patched(os, "replace", replace), raises("", Crash):
+                run(*FLAGS, "--output", folder)
+            resumed(folder)
+
+
+def test_a_damaged_last_save_is_said_and_the_one_before_it_used():
+    def break_file(path, how):
+        with open(path, "r+b") as f:
+            if how == "truncated":
+                f.truncate(os.path.getsize(path) // 2)
+            elif how == "zeroed":
+                f.write(b"\0" * os.path.getsize(path))
+            else:
+                f.seek(os.path.getsize(path) // 2)
+                byte = f.read(1)[0]
+                f.seek(-1, 1)
+                f.write(bytes([byte ^ 4]))
+
+    for how in ("truncated", "zeroed", "bit-flipped"):
+        with temporary() as folder:
+            with contextlib.suppress(SystemExit):
+                interrupted(folder, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            break_file(os.path.join(folder, "last.pt"), how)
+            said = resumed(folder)
+            assert "unusable" in said and "last.prev.pt, 4 of 9 steps" in said, said
+    with temporary() as folder:
+        with contextlib.suppress(SystemExit):
+            interrupted(folder, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        os.remove(os.path.join(folder, "last.pt"))
+        assert "last.prev.pt, 4 of 9 steps" in resumed(folder)
+        for name in ("last.pt", "last.prev.pt"):
+            break_file(os.path.join(folder, name), "zeroed")
+        with raises("Choose another --output", SystemExit):
+            run(*FLAGS, "--output", folder, "--resume")
+
+
+def test_a_full_disk_keeps_the_former_save_and_training_goes_on():
+    real, calls = torch.save, []
+
+    def full(obj, f):
+        calls.append(1)
+        if len(calls) in (4, 5, 6):
+            f.write(b"half a checkp")
+            raise OSError(28, "No space left on device")
+        real(obj, f)
+
+    with temporary() as folder, patched(torch, "save", full):
+        _, said = run(*FLAGS, "--output", folder)
+        assert said.count("not saved") == 3 and "No space left on device" in said
+        assert same(result(folder), undisturbed())
+        assert not [n for n in os.listdir(folder) if n.endswith(".tmp")]
+
+
+def torchrun(processes, *flags):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               os.path.join(HERE, "train.py"), "--data", shared_images(), "--model", TI, "--teacher", "regnet_demo",
+               "--teacher-weights", "none", "--warmup-epochs", "1", "--batch-size", "12", *SMALL_FLAGS, *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_any_number_of_processes_gives_the_same_run_also_when_it_changes_on_the_way():
+    with temporary() as folder:
+        with contextlib.suppress(SystemExit):
+            interrupted(folder, 4, lambda: os.kill(os.getpid(), signal.SIGTERM), "--micro-batch", "4")
+        whole, said = run(*FLAGS, "--micro-batch", "4", "--output", os.path.join(folder, "one"))
+        assert "1 processes x 4 micro-batch x 3 accumulated" in said
+        out = torchrun(3, *FLAGS, "--micro-batch", "4", "--output", folder, "--resume")
+        assert out.returncode == 0, out.stderr[-2000:]
+        assert "4 of 9 steps done" in out.stdout and "3 processes x 4 micro-batch x 1 accum" in out.stdout
+        assert out.stdout.count("epoch   3") == 1, "only the first process speaks"
+        for a, b in zip(whole, result(folder)[-1], strict=True):
+            assert abs(a["train_loss"] - b["train_loss"]) < 1e-5
+            assert a["both"] == b["both"] and abs(a["agreement"] - b["agreement"]) < 1e-3
+        refused = torchrun(2, *FLAGS, "--micro-batch", "4", "--output", os.path.join(folder, "none"))
+        assert refused.stderr.count("take 16") == 1, "one sentence, once"
 
 
 def main(parts):
