@@ -6,6 +6,7 @@
   torchrun --nproc_per_node=8 train.py --data /imagenet     DeiT-S from regnet_y_16gf, the recipe
   python train.py --data DIR --output runs/NAME --resume    goes on where it was stopped
   python train.py --data DIR --eval runs/NAME/best.pt       validation accuracy by each head
+  python train.py --data DIR --benchmark                    what limits a run, and its hours
 
 DIR holds train/<class>/<image> and val/<class>/<image>. The order of this file is the order of
 things: schedule, augmentation, data, evaluation, saving, flags, the training run, the demo.
@@ -445,8 +446,8 @@ def read_last(paths, say):
 ADVICE = "try --amp off (or bf16), --clip-grad 1, or a lower --lr"   # when numbers are not finite
 
 # These flags may differ when a run is resumed, for they do not change its result.
-FREE_FLAGS = {"data", "output", "resume", "eval", "workers", "device", "log_every", "save_minutes",
-              "compile"}
+FREE_FLAGS = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
+              "save_minutes", "compile"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -512,6 +513,7 @@ def parse(argv):
     add("--resume", "go on from OUTPUT/last.pt if there is one, else start", action="store_true")
     add("--save-minutes", "between saves inside an epoch", 15.0, float, metavar="N")
     add("--eval", "only evaluate a file, URL or published name [off]", metavar="SOURCE")
+    add("--benchmark", "only time the stages of a run with these flags", action="store_true")
     add("--amp", "mixed precision; auto is bf16 where the hardware has it", "auto",
         choices=["auto", "bf16", "fp16", "off"])
     add("--compile", "torch.compile the model", action="store_true")
@@ -654,8 +656,8 @@ def create_student(args, num_classes, say):
     return model
 
 
-def create_teacher(args, classes, val, size, env):
-    """The frozen teacher on the device, after a trial on validation images."""
+def create_teacher(args, classes, size, env):
+    """The frozen teacher on the device."""
     weights = None if args.teacher_weights == "none" else args.teacher_weights
     for turn in (0, 1):   # one process a node downloads, the others then find the file
         if turn == (env.local_rank > 0):
@@ -666,18 +668,46 @@ def create_teacher(args, classes, val, size, env):
         raise InputError(f"the teacher {weights} was trained on other classes than {args.data}'s: "
                          f"{', '.join(teacher.classes[:3])}, ...; train one on these.")
     dtype = torch.bfloat16 if env.amp == torch.bfloat16 else torch.float32
-    teacher = teacher.to(env.device, dtype)   # held in bf16, not cast at every step
+    return teacher.to(env.device, dtype)   # held in bf16, not cast at every step
+
+
+def try_teacher(args, teacher, val, size, env):
+    """Prints the teacher's accuracy on some validation images; refuses one that knows nothing."""
     some = np.unique(np.linspace(0, len(val) - 1, 512).astype(np.int64))
     accuracy = evaluate({"it": teacher}, val, size, 64, some, env)[0]["it"]["cls"]
     env.say(f"teacher        {args.teacher} {args.teacher_weights}, {accuracy:.1f} % right on "
             f"{len(some)} validation images")
-    chance = 1 / len(classes)
+    chance = 1 / len(val.classes)
     bound = chance + 2 * math.sqrt(chance * (1 - chance) / len(some))   # two standard errors
-    if weights and accuracy / 100 <= bound:
+    if args.teacher_weights != "none" and accuracy / 100 <= bound:
         raise InputError(f"the teacher is right on {accuracy:.1f} % of {len(some)} validation "
                          "images, no better than chance: its classes are in another order than "
                          f"{args.data}'s, or it is not trained.")
-    return teacher
+
+
+def prepare(args, env):
+    """What follows from flags and data, if it fits together: the distillation mode, the views in a
+    micro-batch, the training and the validation images. Raises InputError."""
+    is_distilled = args.model in deit.VARIANTS and deit.VARIANTS[args.model][3]
+    mode = args.distillation or ("hard" if is_distilled else "none")
+    if is_distilled and mode == "none":
+        raise InputError(f"{args.model} learns from a teacher: without one (--distillation none) "
+                         f"take --model {args.model.replace('distilled_', '')}.")
+    batch, world = args.batch_size, env.world
+    micro = args.micro_batch or max(1, min(128, batch // world))
+    if batch < micro * world or batch % (micro * world):
+        nearest = max(1, round(batch / (micro * world))) * micro * world
+        raise InputError(f"--batch-size {batch} is not processes x micro-batch x an integer "
+                         f"({world} x {micro} x n): take {nearest}.")
+    train = ImageFolder(os.path.join(args.data, "train"))
+    val = ImageFolder(os.path.join(args.data, "val"), train.classes)
+    if len(train.classes) < 2:
+        raise InputError(f"{train.root} holds one class only, {train.classes[0]}: there is no "
+                         "choice to learn.")
+    if len(train) < batch and not args.benchmark:
+        raise InputError(f"{train.root} holds {len(train)} images, fewer than a batch of {batch}: "
+                         "lower --batch-size.")
+    return mode, micro, train, val
 
 
 def run(args, env, signals):
@@ -691,28 +721,9 @@ def run(args, env, signals):
         raise InputError(f"{output} holds a run: add --resume to go on with it, or choose another "
                          "--output.")
 
-    # What follows from the flags, and whether it fits together
-    is_distilled = args.model in deit.VARIANTS and deit.VARIANTS[args.model][3]
-    mode = args.distillation or ("hard" if is_distilled else "none")
-    if is_distilled and mode == "none":
-        raise InputError(f"{args.model} learns from a teacher: without one (--distillation none) "
-                         f"take --model {args.model.replace('distilled_', '')}.")
-    batch, micro = args.batch_size, args.micro_batch or max(1, min(128, args.batch_size // world))
-    accumulation = batch // (micro * world)
-    if batch != accumulation * micro * world:
-        nearest = max(1, round(batch / (micro * world))) * micro * world
-        raise InputError(f"--batch-size {batch} is not processes x micro-batch x an integer "
-                         f"({world} x {micro} x n): take {nearest}.")
-    train = ImageFolder(os.path.join(args.data, "train"))
-    val = ImageFolder(os.path.join(args.data, "val"), train.classes)
-    classes, K = train.classes, len(train.classes)
-    if K < 2:
-        raise InputError(f"{train.root} holds one class only, {classes[0]}: there is no choice to "
-                         "learn.")
-    epoch_steps = len(train) // batch
-    if epoch_steps == 0:
-        raise InputError(f"{train.root} holds {len(train)} images, fewer than a batch of {batch}: "
-                         "lower --batch-size.")
+    mode, micro, train, val = prepare(args, env)
+    batch, classes, K = args.batch_size, train.classes, len(train.classes)
+    accumulation, epoch_steps = batch // (micro * world), len(train) // batch
     total_steps, warmup_steps = args.epochs * epoch_steps, round(args.warmup_epochs * epoch_steps)
     peak = args.lr * batch / 512
 
@@ -783,7 +794,9 @@ def run(args, env, signals):
         except OSError as e:
             say(f"not saved      {e}; the former save stands, and the next one is tried again")
 
-    teacher = create_teacher(args, classes, val, size, env) if mode != "none" else None
+    teacher = create_teacher(args, classes, size, env) if mode != "none" else None
+    if teacher:
+        try_teacher(args, teacher, val, size, env)
     decayed, exempt = ([p.numel() for p in group["params"]] for group in groups)
     say(f"model          {args.model}, {sum(decayed) + sum(exempt):,} parameters, {size} px\n"
         f"data           {len(train)} training and {len(val)} validation images of {K} classes\n"
@@ -955,6 +968,100 @@ def epoch_line(r):
 
 
 # ------------------------------------------------------------------------------------------------
+# The benchmark: what limits a run with these flags here, and how long it would take
+# ------------------------------------------------------------------------------------------------
+
+def run_benchmark(args, env):
+    """--benchmark: times loader, teacher, student and the whole step; prints a table and, as the
+    last line, a JSON object. Rates are views a second over all processes. Nothing is saved."""
+    mode, micro, train, _ = prepare(args, env)
+    model = create_student(args, len(train.classes), env.say).to(env.device).train()
+    size, device, batch = model.config["img_size"], env.device, args.batch_size
+    net = torch.compile(model) if args.compile else model
+    if env.world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=1e-6,
+                                  fused=device.type in ("cuda", "cpu"))
+    scaler = torch.amp.GradScaler(device.type, enabled=env.amp == torch.float16)
+    teacher = create_teacher(args, train.classes, size, env) if mode != "none" else None
+    views_a_run = args.epochs * max(1, len(train) // batch) * batch
+    sampler = TrainSampler(max(batch, len(train)), batch, micro, args.repeats, args.seed, env.rank,
+                           env.world, 0, 10**9)
+    items = ((e, s, k, images % len(train), views) for e, s, k, images, views in sampler)
+    dataset = TrainViews(train, size, args.seed, args.randaugment, args.erasing)
+    batches = iter(make_loader(dataset, items, env.workers, device))
+
+    def load():
+        return next(batches)
+
+    def augment(views, labels, boxes, _):
+        images = erase(normalise(views, device), boxes)
+        targets = smooth_targets(labels.to(device), len(train.classes), args.smoothing)
+        return mix(images, targets, args.mixup, args.cutmix, keyed(args.seed))
+
+    def teach(images):
+        with env.autocast():
+            return teacher(images) if teacher else None
+
+    def learn(images, targets, teacher_logits):
+        with env.autocast():
+            cls_logits, dist_logits = pair(net(images))
+        scaler.scale(deit.distillation_loss(cls_logits, dist_logits, targets, teacher_logits, mode,
+                                            args.alpha, args.tau)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    def whole():
+        images, targets = augment(*load())
+        learn(images, targets, teach(images))
+
+    def rate(work, seconds=8, warm_up=2):
+        """Views a second of work(), over all processes."""
+        done, start = -warm_up, 0.0
+        while done < 1 or time.perf_counter() - start < seconds:
+            if done == 0:
+                start = time.perf_counter()
+            work()
+            if device.type != "cpu":
+                torch.accelerator.synchronize()
+            done += 1
+        return all_sum(torch.tensor(done * micro / (time.perf_counter() - start))).item()
+
+    loader = rate(load)
+    images, targets = augment(*load())
+    teacher_logits = teach(images)
+    result = {"loader_img_per_s": loader,
+              "teacher_img_per_s": rate(lambda: teach(images)) if teacher else None,
+              "student_img_per_s": rate(lambda: learn(images, targets, teacher_logits)),
+              "step_img_per_s": rate(whole)}
+    student = result["student_img_per_s"]
+    device_rate = 1 / (1 / student + (1 / result["teacher_img_per_s"] if teacher else 0))
+    if device.type == "cuda":
+        result["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        import resource   # of Unix
+        result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    result["projected_hours"] = views_a_run / result["step_img_per_s"] / 3600
+    result["workers_needed"] = math.ceil(max(1, env.workers) * device_rate / loader)
+    rows = ((f"loader, {env.workers} workers", "loader"), (f"teacher {args.teacher}", "teacher"),
+            (f"student {args.model}, with its step", "student"), ("all of it", "step"))
+    env.say(f"{env.world} processes on {device}, {str(env.amp or torch.float32)[6:]}, {size} px, "
+            f"micro-batch {micro}, torch {torch.__version__}")
+    for title, key in rows:
+        value = result[f"{key}_img_per_s"]
+        env.say(f"  {title:56s}" + (f"{value:9.1f} img/s" if value else "     none"))
+    slowest = "the loader" if loader < device_rate else "the teacher" if (
+        teacher and result["teacher_img_per_s"] < student) else "the student"
+    env.say(f"bottleneck: {slowest}; the device takes {device_rate:.1f} img/s, which "
+            f"{result['workers_needed']} workers a process keep busy\n"
+            f"projected: {result['projected_hours']:.1f} hours for {args.epochs} epochs of "
+            f"{len(train)} images; peak memory {result['peak_memory_mib']:.0f} MiB")
+    env.say(json.dumps(result))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
 # The demo: `python train.py`, what DeiT is about, in minutes, with nothing at hand
 # ------------------------------------------------------------------------------------------------
 
@@ -1049,7 +1156,9 @@ def main(argv=None):
                              "and val/<class>/<image>, or nothing (but --seed) for the demo.")
         env = Environment(args.device, args.amp, args.workers)
         with process_group(env), caught_signals() as signals:
-            return run_eval(args, env) if args.eval else run(args, env, signals)
+            if args.eval:
+                return run_eval(args, env)
+            return run_benchmark(args, env) if args.benchmark else run(args, env, signals)
     except InputError as e:
         sentence = str(e).strip().split("InputError: ")[-1]   # of a worker's traceback, the end
     except torch.OutOfMemoryError:
