@@ -746,13 +746,14 @@ def run(args, env, signals):
     sums = torch.zeros(3, device=device)
     sums = sums if device.type == "mps" else sums.double()
 
+    flags = vars(args) | {"micro_batch": micro, "training images": len(train), "classes": classes}
     saved, path = read_last((last_path, prev_path), say) if args.resume else (None, None)
     if saved:
-        changed = [f"--{name.replace('_', '-')}" for name, value in saved["flags"].items()
-                   if name not in FREE_FLAGS and vars(args).get(name) != value]
-        if changed or saved["classes"] != classes:
-            raise InputError(f"{path} is of another run, {', '.join(changed) or 'the classes'} "
-                             "differ: give the same again, or another --output.")
+        before = saved["flags"] | {"classes": saved["classes"]}
+        changed = [f for f in flags if f not in FREE_FLAGS and flags[f] != before.get(f)]
+        if changed:
+            raise InputError(f"{path} is of a run with other {', '.join(changed)}: give the same "
+                             "again, or another --output.")
         model.load_state_dict(saved["model"])
         if ema:
             ema.load_state_dict(saved["ema"])
@@ -778,7 +779,7 @@ def run(args, env, signals):
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "epoch": step // epoch_steps, "step": step, "best": best, "log": log, "sums": total,
             "unreadable": unreadable, "config": {"name": args.model, **model.config},
-            "classes": classes, "flags": dict(vars(args)),
+            "classes": classes, "flags": {k: v for k, v in flags.items() if k != "classes"},
             "preprocessing": {"size": size, "crop_ratio": deit.CROP_RATIO,
                               "interpolation": "bicubic", "mean": list(deit.IMAGENET_MEAN),
                               "std": list(deit.IMAGENET_STD)},
@@ -868,7 +869,8 @@ def run(args, env, signals):
             # 9. log
             at = (step - 1) % epoch_steps + 1
             if at % args.log_every == 0 or at == epoch_steps:
-                mean_loss, now = (sums[0] / sums[2]).item(), time.perf_counter()
+                total, now = all_sum(sums.clone()).tolist(), time.perf_counter()
+                mean_loss = total[0] / total[2]
                 if not math.isfinite(mean_loss):
                     raise InputError(f"the loss is {mean_loss} at step {step}, lr {lr:.2e}: "
                                      f"{ADVICE}; the last good save is {last_path}.")
@@ -1164,6 +1166,8 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         smaller = max(1, (args.micro_batch or 128) // 2)
         sentence = f"the device's memory is full: try --micro-batch {smaller} (the batch stays)."
+    except OSError as e:   # the disk's word is clear enough: what, and which file
+        sentence = f"{e}."
     except RuntimeError as e:
         if "DataLoader worker" not in str(e):
             raise
