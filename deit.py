@@ -25,9 +25,10 @@ line: `python deit.py` prints the table and the walk, and `python deit.py photo.
 classifies. Importing needs torch alone, so that this file can be copied into other projects.
 """
 import copy
+import hashlib
+import http.client
 import math
 import os
-import pickle
 import re
 import sys
 import zipfile
@@ -66,7 +67,7 @@ class Attention(nn.Module):
     """Multi-head self-attention: softmax(q k^T / sqrt(d)) v, for each head, then a projection."""
 
     # True: PyTorch's fused kernel. False: the formula in three lines, equal to rounding. None: the
-    # faster one, which is the kernel but for bfloat16 on a CPU (3.6 times slower there, torch 2.15).
+    # faster one: the kernel, but not for bfloat16 on a CPU (3.6 times slower there, torch 2.15).
     fused = None
 
     def __init__(self, embed_dim, num_heads):
@@ -144,8 +145,8 @@ class DeiT(nn.Module):
                            embed_dim=embed_dim, depth=depth, num_heads=num_heads,
                            distilled=distilled, drop_path=drop_path)
         for what in ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads"):
-            if self.config[what] < 1:
-                raise InputError(f"{what} is {self.config[what]}: it must be at least 1.")
+            if not isinstance(self.config[what], int) or self.config[what] < 1:
+                raise InputError(f"{what} is {self.config[what]!r}: it must be a number from 1 on.")
         if img_size % patch_size:
             raise InputError(f"img_size {img_size} is not a multiple of patch_size {patch_size}: "
                              f"take {max(1, round(img_size / patch_size)) * patch_size}, say.")
@@ -211,7 +212,8 @@ def init_linear(module):
     """Truncated normal of deviation 0.02, zero bias; other modules keep PyTorch's defaults."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -250,62 +252,72 @@ def create_model(name, *, pretrained=False, **overrides):
 # Weights: from a file, a URL, a published name or a state dict; nothing that is loaded can run code
 # ------------------------------------------------------------------------------------------------
 
-def fetch(url):
-    """Downloads into torch.hub's cache unless it is there, and returns the path. A hash in the file
-    name (-1234abcd.pth) must match; a download that fails leaves no file behind."""
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-    if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        sha256 = re.search(r"-([0-9a-f]{8,64})\.", os.path.basename(url))
-        try:
-            torch.hub.download_url_to_file(url, path, sha256 and sha256[1], sys.stderr.isatty())
-        except (OSError, ValueError, RuntimeError) as e:   # no network, no such URL, wrong hash
-            raise InputError(f"{url} could not be downloaded ({e}): fetch it elsewhere, then give "
-                             "the file's path.") from e
+def fetch(url, hashed=False):
+    """Downloads into torch.hub's cache unless it is there; returns the path. hashed: the file name
+    ends in the start of its SHA-256 (-1234abcd.pth), which must match, also when it was there."""
+    name = os.path.basename(url)
+    sha256 = re.search(r"-([0-9a-f]{8,64})\.", name)[1] if hashed else None
+    unique = name if hashed else f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", unique)
+    try:
+        if hashed and os.path.exists(path):
+            with open(path, "rb") as f:
+                if not hashlib.sha256(f.read()).hexdigest().startswith(sha256):
+                    os.remove(path)
+        if not os.path.exists(path):   # a download that fails leaves no file behind
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, sha256, sys.stderr.isatty())
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:
+        raise InputError(f"{url} could not be downloaded ({e}): fetch it elsewhere, then give the "
+                         "file's path.") from e
     return path
 
 
-def read_checkpoint(source):
+def read_checkpoint(source, hashed=False):
     """A checkpoint's dict, with its state dict under "model", from a path, URL or published name.
 
     Reads what the official code, timm (a bare state dict) and train.py write. Raises InputError
     when there is no such file, or when it is broken or holds anything but plain values and tensors.
     """
     source = path = os.fspath(source)
+    is_url = re.match(r"(https?|file)://", source)
     if source in VARIANTS:
-        path = fetch(f"{RELEASES}{source}-{VARIANTS[source][-1]}.pth")
-    elif re.match(r"(https?|file)://", source):
-        path = fetch(source)
+        path = fetch(f"{RELEASES}{source}-{VARIANTS[source][-1]}.pth", hashed=True)
+    elif is_url:
+        path = fetch(source, hashed)
     elif not os.path.isfile(source):
         raise InputError(f"'{source}' is neither a file nor a URL nor a published name "
                          f"({', '.join(VARIANTS)}).")
     try:
-        if zipfile.is_zipfile(path):   # torch.load checks no CRC: flipped bits would load silently
+        if zipfile.is_zipfile(path):   # torch.load checks no CRC, and skips what is marked a folder
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise InputError(f"{path} is damaged (a checksum does not match): get it anew.")
+                if archive.testzip() or any(i.external_attr & 16 for i in archive.infolist()):
+                    raise ValueError("a checksum does not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, KeyError, ValueError, zipfile.BadZipFile,
-            pickle.UnpicklingError) as e:
-        if isinstance(e, InputError):
-            raise
+    except Exception as e:   # the readers of damaged files raise nearly anything
+        if is_url:
+            os.remove(path)   # half a download, perhaps: not to be found again
         raise InputError(f"{path} is no checkpoint that can be read safely: it is damaged, or "
                          f"holds more than tensors and values ({type(e).__name__}).") from e
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("model"), dict)):
         checkpoint = {"model": checkpoint}
     state = checkpoint["model"]
-    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(k, str) and torch.is_tensor(v) and v.layout == torch.strided
+            and v.device.type == "cpu" and not v.is_quantized for k, v in state.items()):
         raise InputError(f"{path} holds no state dict (names and tensors), neither as a whole nor "
                          "under 'model'.")
-    return checkpoint | {"source": source}
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
+    return checkpoint | {"model": state, "source": source}
 
 
 def resize_pos_embed(pos_embed, model):
     """pos_embed (1, T + g*g, D) of a checkpoint -> (1, N, D) of this model: the tokens' part is
     kept, the patches' grid interpolated bicubically (paper, section 3); same sizes: untouched."""
     T, G = model.num_tokens, model.config["img_size"] // model.config["patch_size"]
-    g = math.isqrt(max(0, pos_embed.shape[1] - T))
-    if g == G or g * g + T != pos_embed.shape[1]:
+    N = pos_embed.shape[1] if pos_embed.ndim == 3 else 0
+    g = math.isqrt(max(0, N - T))
+    if g in (0, G) or g * g + T != N:
         return pos_embed                                          # fits, or load_weights refuses it
     tokens, grid = pos_embed.float().split([T, g * g], dim=1)
     grid = grid.unflatten(1, (g, g)).permute(0, 3, 1, 2)          # (1, D, g, g)
@@ -328,24 +340,26 @@ def load_weights(model, source, *, new_heads=True, say=print):
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     what = checkpoint.get("source", "the state dict")
-    state = checkpoint["model"] if isinstance(checkpoint.get("model"), dict) else checkpoint
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
+    state = dict(checkpoint["model"] if isinstance(checkpoint.get("model"), dict) else checkpoint)
     own = model.state_dict()
     if isinstance(model, DeiT) and "pos_embed" in state:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], model)
     for head in head_names(model):
         there, here = state.get(f"{head}.weight"), own[f"{head}.weight"]
-        if there is None or there.shape == here.shape or there.shape[1:] != here.shape[1:]:
+        if there is None or there.ndim != here.ndim or there.shape[1:] != here.shape[1:] \
+                or len(there) == len(here):
             continue
         if not new_heads:
             raise InputError(f"{what} knows {len(there)} classes, {len(here)} are asked for.")
         say(f"{what}: {head} has {len(there)} classes, not {len(here)}: it starts anew.")
         init_linear(model.get_submodule(head))
-        state.update({key: own[key] for key in (f"{head}.weight", f"{head}.bias")})
+        state.update({key: own[key] for key in own if key.rpartition(".")[0] == head})
     wrong = [f"{key} is missing" for key in own.keys() - state.keys()]
-    wrong += [f"{key} is too much" for key in state.keys() - own.keys()]
+    wrong += [f"{key!r} is too much" for key in state.keys() - own.keys()]
     wrong += [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
               for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    wrong += [f"{key} is of {state[key].dtype}" for key in own.keys() & state.keys()
+              if own[key].is_floating_point() != state[key].is_floating_point()]
     if wrong:
         raise InputError(f"{what} is of another architecture: {', '.join(sorted(wrong)[:3])}"
                          f"{', ...' if len(wrong) > 3 else ''}.")
@@ -360,10 +374,10 @@ def config_from_shapes(state):
         G = math.isqrt(state["pos_embed"].shape[1] - 1 - distilled)
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
         return dict(img_size=G * patch_size, patch_size=patch_size, embed_dim=embed_dim,
-                    depth=depth, num_heads=embed_dim // 64,   # 64 a head in every published model
+                    depth=depth, num_heads=max(1, embed_dim // 64),   # as in all published models
                     num_classes=len(state["head.weight"]), distilled=distilled)
-    except (KeyError, ValueError) as e:
-        raise InputError(f"the state dict is not of a DeiT ({e} is missing or odd).") from e
+    except (KeyError, ValueError, IndexError, TypeError) as e:
+        raise InputError(f"the state dict is not of a DeiT ({e!r}).") from e
 
 
 def load_model(source, *, say=print, **overrides):
@@ -372,9 +386,21 @@ def load_model(source, *, say=print, **overrides):
     list of class names, or None. Overrides as in create_model. Raises InputError."""
     checkpoint = read_checkpoint(source)
     config = checkpoint.get("config") or config_from_shapes(checkpoint["model"])
-    model = create_classifier(**config | overrides)
+    classes = checkpoint.get("classes")
+    try:
+        missing = DeiT.__init__.__kwdefaults__.keys() - config.keys()
+        if missing and "config" in checkpoint and config["name"] in VARIANTS:
+            raise KeyError(*missing)   # a default could be another function of the same shapes
+        model = create_classifier(**config | overrides)
+        if not (classes is None or len(classes) == model.config["num_classes"] and
+                all(isinstance(c, str) for c in classes)):
+            raise ValueError("classes")
+    except InputError:
+        raise
+    except (AttributeError, TypeError, KeyError, ValueError, RuntimeError) as e:
+        raise InputError(f"{source} has an unusable 'config' or 'classes' ({e!r}).") from e
     load_weights(model, checkpoint, say=say)
-    model.classes = checkpoint.get("classes")
+    model.classes = classes
     return model.eval()
 
 
@@ -483,13 +509,8 @@ def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000
             raise InputError(f"the teacher {name} {weights} knows ImageNet's 1000 classes, the "
                              f"data have {num_classes}: train a teacher on them (--model {name}), "
                              "then give its best.pt as weights.")
-        chosen = models.get_model_weights(name)[weights]
-        try:
-            state = chosen.get_state_dict(check_hash=True, weights_only=True)
-        except (OSError, RuntimeError) as e:
-            raise InputError(f"{chosen.url} could not be downloaded ({e}): fetch it elsewhere, "
-                             "then give the file's path as weights.") from e
-        load_weights(model, state, new_heads=False)
+        checkpoint = read_checkpoint(models.get_model_weights(name)[weights].url, hashed=True)
+        load_weights(model, checkpoint, new_heads=False)
     elif weights is not None:
         if not os.path.isfile(weights):
             raise InputError(f"teacher weights '{weights}' are neither a file nor one of {name}'s "
@@ -567,6 +588,10 @@ def center_view(image, size):
     bicubic, then the central square; exactly torchvision's Resize and CenterCrop."""
     from PIL import Image
     image, short = to_rgb(image), int(size / CROP_RATIO)
+    W, H = image.size
+    if max(W, H) > 8 * min(W, H):   # a thread of an image: its middle, lest it grow to gigabytes
+        w, h = min(W, 8 * H), min(H, 8 * W)
+        image = image.crop(((W - w) // 2, (H - h) // 2, (W + w) // 2, (H + h) // 2))
     w, h = (max(short, int(short * side / min(image.size))) for side in image.size)
     left, top = round((w - size) / 2), round((h - size) / 2)
     resized = image.resize((w, h), Image.Resampling.BICUBIC)
@@ -613,7 +638,8 @@ def classify(path, weights):
     for title, logits in zip(("class head", "distillation head", "both"), (*heads, sum(heads) / 2)):
         print(title)
         for p, k in zip(*logits[0].softmax(0).topk(min(5, logits.shape[1]))):
-            print(f"  {100 * p:5.1f} %  {names[k] if names else f'class {k}'}")
+            name = names[k] if names else f"class {k}"
+            print(f"  {100 * p:5.1f} %  {name.encode(errors='replace').decode()}")
         if isinstance(model, DeiT) and model.num_tokens == 1:
             break   # there is only one head
 

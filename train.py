@@ -18,10 +18,13 @@ place in the batch. So neither the number of processes or workers nor an interru
 import argparse
 import contextlib
 import copy
+import functools
+import itertools
 import json
 import math
 import os
 import random
+import re
 import shlex
 import signal
 import sys
@@ -159,22 +162,29 @@ def erasing_box(size, probability, rng):
 # Augmentation of a whole micro-batch, on the device
 # ------------------------------------------------------------------------------------------------
 
+@functools.cache
+def mean_and_std(device):
+    """ImageNet's, for values 0..255, (1, 3, 1, 1) each, brought to the device once."""
+    return [torch.tensor(v, device=device).view(1, 3, 1, 1) * 255
+            for v in (deit.IMAGENET_MEAN, deit.IMAGENET_STD)]
+
+
 def normalise(views, device):
     """uint8 (B, S, S, 3) -> float (B, 3, S, S) by ImageNet's mean and deviation, on the device."""
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) * 255
-                 for v in (deit.IMAGENET_MEAN, deit.IMAGENET_STD))
+    mean, std = mean_and_std(device)
     images = views.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
     return images.sub_(mean).div_(std)
 
 
 def erase(images, boxes):
     """Fills each image's rectangle (boxes (B, 4), on the CPU) with Normal(0, 1), in place."""
-    rows = boxes[:, 2].nonzero()[:, 0]
+    rows = boxes[:, 2].nonzero()[:, 0]                                         # the R to be erased
     if len(rows) == 0:
         return images
-    top, left, h, w = boxes[rows].to(images.device).T[..., None, None, None]   # (R, 1, 1, 1) each
-    rows, S = rows.to(images.device), images.shape[-1]
-    y, x = torch.arange(S, device=images.device).view(S, 1), torch.arange(S, device=images.device)
+    boxes, rows = (t.to(images.device, non_blocking=True) for t in (boxes[rows], rows))
+    top, left, h, w = boxes.T[..., None, None, None]                           # (R, 1, 1, 1) each
+    x = torch.arange(images.shape[-1], device=images.device)
+    y = x[:, None]
     inside = (y >= top) & (y < top + h) & (x >= left) & (x < left + w)         # (R, 1, S, S)
     old = images[rows]
     images[rows] = torch.where(inside, torch.randn_like(old), old)
@@ -228,11 +238,11 @@ class ImageFolder:
             raise InputError(f"{root} holds no class folders: put the images of each class into a "
                              "folder of its own.")
         self.root, self.classes = root, found if classes is None else list(classes)
-        strange = [c for c in found if c not in set(self.classes)]
+        strange = sorted(set(found) - set(self.classes))
         if strange:
             raise InputError(f"{root} has classes that training does not know: "
                              f"{', '.join(strange[:3])} ({len(strange)} in all).")
-        names, counts = [], np.zeros(len(self.classes), np.int64)
+        names, counts, found = [], np.zeros(len(self.classes), np.int64), set(found)
         for label, name in enumerate(self.classes):
             if name in found:   # a validation set may lack a class
                 files = os.listdir(os.fsencode(os.path.join(root, name)))
@@ -246,6 +256,7 @@ class ImageFolder:
             raise InputError(f"{os.path.join(root, empty[0])} holds no images: add some, or remove "
                              f"the folder ({len(empty)} such in all).")
         self.labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
+        self.first = np.cumsum([0, *counts])   # image of each class, and the end
         self.starts = np.cumsum([0] + [len(n) for n in names])
         self.names = np.frombuffer(b"".join(names), np.uint8)
 
@@ -307,8 +318,8 @@ class TrainViews:
     def decode(self, i, broken):
         """Image i, or the next one of its class that can be read; adds what can not to `broken`."""
         label = self.folder.labels[i]
-        start, stop = np.searchsorted(self.folder.labels, [label, label + 1])   # its class's images
-        for j in (*range(i, stop), *range(start, i)):
+        start, stop = self.folder.first[label:label + 2]
+        for j in itertools.chain(range(i, stop), range(start, i)):
             try:
                 return self.folder.open(j)
             except Exception:   # Pillow raises OSError, SyntaxError, ValueError and many more
@@ -443,8 +454,6 @@ def read_last(paths, say):
     return None, None
 
 
-ADVICE = "try --amp off (or bf16), --clip-grad 1, or a lower --lr"   # when numbers are not finite
-
 # These flags may differ when a run is resumed, for they do not change its result.
 FREE_FLAGS = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
               "save_minutes", "compile"}
@@ -574,6 +583,7 @@ class Environment:
         self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}.get(amp)
         if amp == "auto":
             self.amp = self.best_precision()
+        self.precision = str(self.amp or torch.float32)[6:]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.workers = max(1, min(16, cores // self.local_world)) if workers is None else workers
 
@@ -629,7 +639,8 @@ def caught_signals():
 def run_eval(args, env):
     """--eval: the accuracies of a checkpoint on DATA/val, by each head."""
     overrides = {} if args.img_size is None else {"img_size": args.img_size}
-    model = deit.load_model(args.eval, say=env.say, **overrides).to(env.device)
+    model = by_turns(env, lambda: deit.load_model(args.eval, say=env.say, **overrides))
+    model = must_accept(model, args.eval).to(env.device)
     folder = ImageFolder(os.path.join(args.data, "val"), model.classes)
     known, size = model.config["num_classes"], model.config["img_size"]
     if known != len(folder.classes):
@@ -638,32 +649,49 @@ def run_eval(args, env):
     every = np.arange(len(folder))
     scores, broken = evaluate({"it": model}, folder, size, args.micro_batch or 128, every, env)
     score, unreadable = scores["it"], f", {broken} unreadable, counted as wrong" if broken else ""
-    env.say(f"{args.eval}: {len(folder)} images at {size} px{unreadable}")
+    env.say(f"{args.eval}: {len(folder)} images at {size} px, {env.precision}{unreadable}")
     for key, name in (("cls", "class head"), ("dist", "distillation head"), ("both", "both")):
         env.say(f"  {name:18s} top-1 {score[key]:6.3f} %   top-5 {score[key + '5']:6.3f} %")
     return score
 
 
-def create_student(args, num_classes, say):
+def create_student(args, num_classes):
     """The model to be trained, with its architecture in `.config`."""
     flags = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path")
     given = {f: getattr(args, f) for f in flags if getattr(args, f) is not None}
     if args.model in deit.VARIANTS:
         given = {"drop_path": 0.1} | given
-    model = deit.create_classifier(args.model, num_classes, **given)
-    if args.finetune:
-        deit.load_weights(model, args.finetune, say=say)
-    return model
+    return must_accept(deit.create_classifier(args.model, num_classes, **given), args.model)
+
+
+def must_accept(model, name, size=None):
+    """The model, if it takes images of that size (torchvision's transformers take one only)."""
+    size, mode = size or model.config["img_size"], model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise InputError(f"{name} takes no images of {size} px ({str(e).splitlines()[0]}).") from e
+    return model.train(mode)
+
+
+def by_turns(env, load):
+    """What load() returns, the first process of each node going first: if that downloads a file,
+    the others find it."""
+    for turn in (0, 1):
+        if turn == (env.local_rank > 0):
+            result = load()
+        if env.world > 1:
+            dist.barrier()
+    return result
 
 
 def create_teacher(args, classes, size, env):
     """The frozen teacher on the device."""
     weights = None if args.teacher_weights == "none" else args.teacher_weights
-    for turn in (0, 1):   # one process a node downloads, the others then find the file
-        if turn == (env.local_rank > 0):
-            teacher = deit.load_teacher(args.teacher, weights, len(classes), img_size=size)
-        if env.world > 1:
-            dist.barrier()
+    teacher = by_turns(env, lambda: deit.load_teacher(args.teacher, weights, len(classes),
+                                                      img_size=size))
+    must_accept(teacher, args.teacher, size)
     if teacher.classes not in (None, classes):
         raise InputError(f"the teacher {weights} was trained on other classes than {args.data}'s: "
                          f"{', '.join(teacher.classes[:3])}, ...; train one on these.")
@@ -679,10 +707,19 @@ def try_teacher(args, teacher, val, size, env):
             f"{len(some)} validation images")
     chance = 1 / len(val.classes)
     bound = chance + 2 * math.sqrt(chance * (1 - chance) / len(some))   # two standard errors
-    if args.teacher_weights != "none" and accuracy / 100 <= bound:
+    if args.teacher_weights != "none" and accuracy / 100 <= bound < 0.9:   # else too few to tell
         raise InputError(f"the teacher is right on {accuracy:.1f} % of {len(some)} validation "
                          "images, no better than chance: its classes are in another order than "
                          f"{args.data}'s, or it is not trained.")
+
+
+def wrap(model, args, env):
+    """The model as it is trained: compiled if so, its gradients averaged over the processes."""
+    net = torch.compile(model) if args.compile else model
+    if env.world > 1:
+        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+        net.broadcast_buffers = False   # batch statistics: see average_buffers
+    return net
 
 
 def prepare(args, env):
@@ -704,6 +741,9 @@ def prepare(args, env):
     if len(train.classes) < 2:
         raise InputError(f"{train.root} holds one class only, {train.classes[0]}: there is no "
                          "choice to learn.")
+    if args.lr * batch / 512 <= args.min_lr:
+        raise InputError(f"the peak learning rate, {args.lr} x {batch} / 512 views, is not above "
+                         f"--min-lr {args.min_lr}: raise --lr or lower --min-lr.")
     if len(train) < batch and not args.benchmark:
         raise InputError(f"{train.root} holds {len(train)} images, fewer than a batch of {batch}: "
                          "lower --batch-size.")
@@ -728,27 +768,31 @@ def run(args, env, signals):
     peak = args.lr * batch / 512
 
     # Three names: model is raw (saved, evaluated), net compiled and wrapped (trained), ema averaged
+    saved, path = read_last((last_path, prev_path), say) if args.resume else (None, None)
     torch.manual_seed(keyed(args.seed, "weights").getrandbits(63))
-    model = create_student(args, K, say).to(device)
-    size = model.config["img_size"]
-    net = torch.compile(model) if args.compile else model
-    if world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(
-            net, gradient_as_bucket_view=True, broadcast_buffers=False)
+    model = create_student(args, K)
+    if args.finetune and not saved:
+        by_turns(env, lambda: deit.load_weights(model, args.finetune, say=say))
+    model, size = model.to(device), model.config["img_size"]
+    net = wrap(model, args, env)
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=env.amp == torch.float16)
 
     # What changes while it runs: all of it is in a checkpoint. Sums, of this epoch: loss, agreeing
-    # views, micro-batches; in float64, which adds up the same in any order.
+    # views, micro-batches; in float64, which adds up the same in any order. Bad: steps in a row
+    # whose gradients were not finite.
     step, best, log, broken = 0, -1.0, [], set()
-    sums = torch.zeros(3, device=device)
+    bad, sums = torch.zeros((), device=device), torch.zeros(3, device=device)
     sums = sums if device.type == "mps" else sums.double()
 
     flags = vars(args) | {"micro_batch": micro, "training images": len(train), "classes": classes}
-    saved, path = read_last((last_path, prev_path), say) if args.resume else (None, None)
     if saved:
+        if not {"flags", "classes", "ema", "optimizer", "step", "sums"} <= saved.keys() or (
+                saved["optimizer"] is None):
+            raise InputError(f"{path} is no save to go on from: choose another --output, or start "
+                             "from it with --finetune.")
         before = saved["flags"] | {"classes": saved["classes"]}
         changed = [f for f in flags if f not in FREE_FLAGS and flags[f] != before.get(f)]
         if changed:
@@ -758,22 +802,36 @@ def run(args, env, signals):
         if ema:
             ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:   # empty when it was not fp16 before
+            scaler.load_state_dict(saved["scaler"])
         step, best, log = saved["step"], saved["best"], saved["log"]
         broken.update(saved["unreadable"])
         sums += torch.tensor(saved["sums"], dtype=sums.dtype).to(device) * (env.rank == 0)
         say(f"resumed        {path}, {step} of {total_steps} steps done")
+        if env.rank == 0:
+            write_log(log_path, log)
+            if path == prev_path and os.path.exists(last_path):
+                os.remove(last_path)   # damaged: it must not become the next last.prev.pt
         if len(log) == args.epochs:
             say(f"finished       nothing left to do, best top-1 {best:.2f} %")
             return log
 
+    if env.agree(step) != -env.agree(-step):
+        raise InputError(f"the processes found different saves in {output}: it must be on a disk "
+                         "that all of them share.")
+
+    def stop_if_not_finite(loss):
+        """Gradients that are not finite: fp16's scaler skips such steps, but not for ever."""
+        if not math.isfinite(loss) or bad > (20 if scaler.is_enabled() else 0):
+            raise InputError(f"loss or gradients are not finite at step {step}, loss {loss:.3g}, "
+                             f"lr {lr:.2e}: try --amp off (or bf16), --clip-grad 1 or a lower "
+                             f"--lr; the last good save in {output} is kept.")
+
     def save(is_best=False):
         """last.pt (the former becomes last.prev.pt), log.jsonl and, if so, best.pt, which lacks
-        what only going on needs. Called by all processes; the first one writes."""
+        what only going on needs. Called by all processes, written by the first; True if it was."""
         total, unreadable = all_sum(sums.clone()).tolist(), sorted(gather_union(broken, world))
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise InputError(f"weights are not finite after step {step}: {ADVICE}; the last good "
-                             f"save is {last_path}.")
+        stop_if_not_finite(total[0])
         whole = {
             "model": model.state_dict(), "ema": ema.state_dict() if ema else None,
             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
@@ -784,16 +842,18 @@ def run(args, env, signals):
                               "interpolation": "bicubic", "mean": list(deit.IMAGENET_MEAN),
                               "std": list(deit.IMAGENET_STD)},
         }
-        if env.rank > 0:
-            return
-        try:
-            if is_best:
-                light = whole | dict.fromkeys(("ema", "optimizer", "scaler"))
-                write_atomically(best_path, lambda f: torch.save(light, f))
-            write_atomically(last_path, lambda f: torch.save(whole, f), keep=prev_path)
-            write_log(log_path, log)
-        except OSError as e:
-            say(f"not saved      {e}; the former save stands, and the next one is tried again")
+        failed = False
+        if env.rank == 0:
+            try:
+                if is_best:
+                    light = whole | dict.fromkeys(("ema", "optimizer", "scaler"))
+                    write_atomically(best_path, lambda f: torch.save(light, f))
+                write_atomically(last_path, lambda f: torch.save(whole, f), keep=prev_path)
+                write_log(log_path, log)
+            except OSError as e:
+                say(f"not saved      {e}; the former save stands")
+                failed = True
+        return not env.agree(int(failed))
 
     teacher = create_teacher(args, classes, size, env) if mode != "none" else None
     if teacher:
@@ -808,7 +868,7 @@ def run(args, env, signals):
         f"weight decay   {args.weight_decay} on {len(decayed)} tensors ({sum(decayed):,}), none on "
         f"{len(exempt)} ({sum(exempt):,})\n"
         f"distillation   {mode}\n"
-        f"running on     {device}, {str(env.amp or torch.float32)[6:]}, {env.workers} loader "
+        f"running on     {device}, {env.precision}, {env.workers} loader "
         f"workers, torch {torch.__version__}, output in {output}")
     if env.rank == 0:
         os.makedirs(output, exist_ok=True)
@@ -854,11 +914,17 @@ def run(args, env, signals):
                 # 6. backward
                 scaler.scale(loss / accumulation).backward()
                 same = dist_logits.argmax(1) == teacher_logits.argmax(1) if teacher else 0 * one
-                sums += torch.stack([loss.detach(), same.float().mean(), one])
+                loss = loss.detach()
+                if scaler.is_enabled():   # a loss that overflows is skipped, and not counted
+                    loss = torch.where(loss.isfinite(), loss, 0)
+                sums += torch.stack([loss, same.float().mean(), one])
             # 7. step
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.get_total_norm(
+                p.grad for p in model.parameters() if p.grad is not None)
             if args.clip_grad:
-                scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+                torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.clip_grad, norm)
+            bad = torch.where(norm.isfinite(), 0, bad + 1)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -871,9 +937,7 @@ def run(args, env, signals):
             if at % args.log_every == 0 or at == epoch_steps:
                 total, now = all_sum(sums.clone()).tolist(), time.perf_counter()
                 mean_loss = total[0] / total[2]
-                if not math.isfinite(mean_loss):
-                    raise InputError(f"the loss is {mean_loss} at step {step}, lr {lr:.2e}: "
-                                     f"{ADVICE}; the last good save is {last_path}.")
+                stop_if_not_finite(mean_loss)
                 pace = (now - run_start) / (step - first_step)   # seconds, evaluation included
                 if live or at < epoch_steps:   # else the epoch's line follows at once
                     say(f"epoch {len(log) + 1} step {at}/{epoch_steps}  loss {mean_loss:.3f}  lr "
@@ -884,17 +948,17 @@ def run(args, env, signals):
             late = env.rank == 0 and time.perf_counter() - last_save > 60 * args.save_minutes
             code = env.agree(signals[-1] if signals else int(late))
             if code:
-                save()
-                last_save = time.perf_counter()
+                written, last_save = save(), time.perf_counter()
             if code > 1:
-                say(f"stopped        by {signal.Signals(code).name} after step {step}, saved "
-                    f"in {output}: --resume goes on")
+                say(f"stopped        by {signal.Signals(code).name} after step {step}, "
+                    f"{'saved' if written else 'NOT saved'} in {output}: --resume goes on")
                 raise SystemExit(128 + code)
 
         # An epoch is done: evaluate, record, save
         seconds = time.perf_counter() - epoch_start
-        average_buffers(model, world)
         models = {"model": model} | ({"ema": ema} if ema else {})
+        for each in models.values():
+            average_buffers(each, world)
         scores, bad_val = evaluate(models, val, size, micro, np.arange(len(val)), env)
         mean_loss, same, _ = (all_sum(sums.clone()) / all_sum(sums[2].clone())).tolist()
         broken = gather_union(broken, world)
@@ -910,9 +974,11 @@ def run(args, env, signals):
             "img_per_s": (step - max(first_step, step - epoch_steps)) * batch / seconds,
             "waiting": waited / seconds, "seconds": time.perf_counter() - epoch_start})
         say(epoch_line(log[-1]))
-        is_best, best = record["both"] > best, max(record["both"], best)
+        former, best = best, max(record["both"], best)
         sums.zero_()
-        save(is_best)
+        written = save(is_best=best > former)
+        if not written:
+            best = former   # so that the next good epoch is kept
         waited, epoch_start = 0.0, time.perf_counter()
         last_save = epoch_start
         if broken:
@@ -922,6 +988,9 @@ def run(args, env, signals):
         if len(broken) > len(train) / 100:
             raise InputError(f"{len(broken)} of {len(train)} training images cannot be read, "
                              f"more than 1 %: mend or remove them ({named}).")
+    if not written:
+        raise InputError(f"the run is done, but its last save in {output} failed: make room and "
+                         "add --resume, which repeats what is missing.")
     say(f"finished       in {clock(time.perf_counter() - run_start)}, best top-1 {best:.2f} %")
     return log
 
@@ -977,11 +1046,9 @@ def run_benchmark(args, env):
     """--benchmark: times loader, teacher, student and the whole step; prints a table and, as the
     last line, a JSON object. Rates are views a second over all processes. Nothing is saved."""
     mode, micro, train, _ = prepare(args, env)
-    model = create_student(args, len(train.classes), env.say).to(env.device).train()
+    model = create_student(args, len(train.classes)).to(env.device)
     size, device, batch = model.config["img_size"], env.device, args.batch_size
-    net = torch.compile(model) if args.compile else model
-    if env.world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+    net = wrap(model, args, env)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=1e-6,
                                   fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=env.amp == torch.float16)
@@ -1021,7 +1088,7 @@ def run_benchmark(args, env):
     def rate(work, seconds=8, warm_up=2):
         """Views a second of work(), over all processes."""
         done, start = -warm_up, 0.0
-        while done < 1 or time.perf_counter() - start < seconds:
+        while env.agree(int(done < 1 or time.perf_counter() - start < seconds)):
             if done == 0:
                 start = time.perf_counter()
             work()
@@ -1042,13 +1109,14 @@ def run_benchmark(args, env):
     if device.type == "cuda":
         result["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
     else:
-        import resource   # of Unix
-        result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        import resource   # of Unix; KiB, but bytes on macOS
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     result["projected_hours"] = views_a_run / result["step_img_per_s"] / 3600
     result["workers_needed"] = math.ceil(max(1, env.workers) * device_rate / loader)
     rows = ((f"loader, {env.workers} workers", "loader"), (f"teacher {args.teacher}", "teacher"),
             (f"student {args.model}, with its step", "student"), ("all of it", "step"))
-    env.say(f"{env.world} processes on {device}, {str(env.amp or torch.float32)[6:]}, {size} px, "
+    env.say(f"{env.world} processes on {device}, {env.precision}, {size} px, "
             f"micro-batch {micro}, torch {torch.__version__}")
     for title, key in rows:
         value = result[f"{key}_img_per_s"]
@@ -1157,23 +1225,29 @@ def main(argv=None):
             raise InputError("--data is missing: give a folder that holds train/<class>/<image> "
                              "and val/<class>/<image>, or nothing (but --seed) for the demo.")
         env = Environment(args.device, args.amp, args.workers)
-        with process_group(env), caught_signals() as signals:
-            if args.eval:
-                return run_eval(args, env)
-            return run_benchmark(args, env) if args.benchmark else run(args, env, signals)
+        with process_group(env):
+            if args.eval or args.benchmark:
+                return (run_eval if args.eval else run_benchmark)(args, env)
+            with caught_signals() as signals:
+                return run(args, env, signals)
     except InputError as e:
         sentence = str(e).strip().split("InputError: ")[-1]   # of a worker's traceback, the end
     except torch.OutOfMemoryError:
-        smaller = max(1, (args.micro_batch or 128) // 2)
+        share = args.batch_size // env.world
+        micro = args.micro_batch or min(128, share)
+        smaller = max((m for m in range(1, micro) if share % m == 0), default=1)
         sentence = f"the device's memory is full: try --micro-batch {smaller} (the batch stays)."
-    except OSError as e:   # the disk's word is clear enough: what, and which file
+    except OSError as e:   # the system's word is clear enough: what, and which file
         sentence = f"{e}."
     except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
+        if not re.search("killed by signal|exited unexpectedly|shared memory", str(e)):
             raise
         sentence = (f"a loader worker died ({str(e).splitlines()[0]}): lower --workers or free "
                     "memory (in a container, raise --shm-size), then --resume from the last save.")
-    raise SystemExit(1 if env and env.local_rank else f"train.py: {sentence}")
+    if env and env.local_rank:   # what all meet, the first one says; torchrun then ends this one
+        time.sleep(3)
+        sentence = f"process {env.rank}: {sentence}"
+    raise SystemExit(f"train.py: {sentence}")
 
 
 if __name__ == "__main__":
