@@ -23,6 +23,7 @@ import traceback
 import types
 import warnings
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -375,6 +376,76 @@ def test_published_weights_are_downloaded_once_and_hash_checked():
                 deit.read_checkpoint(url + "nothing-12345678.pth")
         finally:
             torch.hub.set_dir(old_hub)
+
+
+def test_a_broken_download_is_never_used_and_urls_do_not_mix():
+    with temporary() as folder, temporary() as cache, serve(folder) as url:
+        old_hub = torch.hub.get_dir()
+        torch.hub.set_dir(cache)
+        try:
+            for i in (1, 2):
+                os.mkdir(os.path.join(folder, str(i)))
+                torch.save({"w": torch.full((500,), float(i))}, os.path.join(folder, str(i), "best.pt"))
+            for i in (1, 2, 1):
+                assert deit.read_checkpoint(f"{url}{i}/best.pt")["model"]["w"][0] == i
+            with open(os.path.join(folder, "1", "best.pt"), "rb") as f:
+                whole = f.read()
+            half = os.path.join(folder, "half.pt")
+            for content in (whole[:900], whole):   # the server sends half of it, later all of it
+                with open(half, "wb") as f:
+                    f.write(content)
+                if content is whole:
+                    assert deit.read_checkpoint(url + "half.pt")["model"]["w"][0] == 1
+                else:
+                    with raises("no checkpoint that can be read"):
+                        deit.read_checkpoint(url + "half.pt")
+            with raises("could not be downloaded"):
+                deit.read_checkpoint("http://127.0.0.1:9/refused.pt")
+        finally:
+            torch.hub.set_dir(old_hub)
+
+
+def test_mutated_checkpoints_load_the_same_values_or_are_refused_in_a_sentence():
+    rng, model = np.random.default_rng(0), deit.create_model(TI, **SMALL)
+    with temporary() as folder:
+        path = os.path.join(folder, "w.pt")
+        torch.save({"model": model.state_dict(), "config": {"name": TI, **model.config}, "classes": list("abcdefg")}, path)
+        with open(path, "rb") as f:
+            whole = bytearray(f.read())
+        refused = 0
+        for trial in range(1000):
+            data = bytearray(whole)
+            if trial % 3 == 0:
+                del data[rng.integers(len(data)):]
+            else:   # the directory at the end is hit as often as the tensors
+                low = len(data) - 6000 if trial % 3 == 1 else 0
+                data[rng.integers(low, len(data))] ^= 1 << rng.integers(8)
+            with open(path, "wb") as f:
+                f.write(data)
+            try:
+                loaded = deit.load_model(path, say=lambda text: None).state_dict()
+                assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items()), trial
+            except deit.InputError as e:
+                refused += 1
+                assert "\n" not in str(e)
+        assert 400 < refused < 1000
+
+
+def test_odd_state_dicts_and_configs_are_refused_in_a_sentence():
+    good, config = deit.create_model(TI, **SMALL).state_dict(), {"name": TI, **SMALL, "distilled": True, "drop_path": 0.0}
+    states = [{1: torch.zeros(1)}, good | {"pos_embed": torch.zeros(5)}, good | {"pos_embed": torch.zeros(1, 2, 32)},
+              good | {"head.weight": torch.tensor(1.0)}, good | {"norm.weight": torch.ones(32, dtype=torch.int64)},
+              good | {"norm.weight": torch.ones(32).to_sparse()}, good | {"more": torch.zeros(1)},
+              {k: v for k, v in good.items() if k != "norm.bias"}, {"w": 5}]
+    configs = [[1], "x", 5, {"name": TI, "size": 3}, config | {"img_size": "32"}, config | {"depth": 2.0}, config | {"name": 3},
+               {k: v for k, v in config.items() if k != "num_heads"}, config | {"num_classes": 10**13}]
+    with temporary() as folder:
+        path = os.path.join(folder, "w.pt")
+        for content in ([{"model": s, "config": config} for s in states] + [{"model": good, "config": c} for c in configs]
+                        + [{"model": good, "config": config, "classes": c} for c in (5, ["a"], list(range(7)))]):
+            torch.save(content, path)
+            with raises(""):
+                deit.load_model(path)
 
 
 class Bomb:
@@ -739,6 +810,55 @@ def test_a_broken_training_image_is_replaced_and_a_broken_validation_image_is_wr
         assert train.EvalViews(val, 16)[np.arange(6)][1].tolist() == [-1, 0, 1, 1, 2, 2]
 
 
+def test_mutated_images_never_stop_a_run():
+    rng, image = np.random.default_rng(0), noise_image(40, 30)
+    kinds = {kind: io.BytesIO() for kind in ("jpeg", "png", "gif", "tiff", "webp", "bmp")}
+    for kind, file in kinds.items():
+        image.save(file, kind)
+    headers = [file.getvalue()[:64] for file in kinds.values()]
+    with temporary() as folder:
+        for i in range(1000):
+            data = bytearray(list(kinds.values())[i % 6].getvalue())
+            if i % 3 == 0:
+                del data[rng.integers(len(data)):]
+            elif i % 3 == 1:
+                for _ in range(8):
+                    data[rng.integers(min(len(data), 10 ** rng.integers(1, 5)))] ^= 1 << rng.integers(8)
+            else:
+                data[:64] = headers[rng.integers(6)]
+            os.makedirs(os.path.join(folder, "only"), exist_ok=True)
+            with open(os.path.join(folder, "only", f"{i:04d}.jpg"), "wb") as f:
+                f.write(data)
+        image.save(os.path.join(folder, "only", "whole.png"))
+        images = train.ImageFolder(folder)
+        dataset = train.TrainViews(images, 16, 0, 0, 0)
+        *_, broken = dataset[(0, 0, 0, np.arange(1001), np.zeros(1001, np.int64))]
+        assert 300 < len(set(broken.tolist())) < 1000
+        assert (train.EvalViews(images, 16)[np.arange(1001)][1] < 0).sum() == len(set(broken.tolist()))
+
+
+def test_images_of_every_size_and_name_are_read():
+    with temporary() as folder:
+        os.makedirs(os.path.join(folder, "a b{}%s"))
+        for i, size in enumerate(((1, 1), (30000, 50), (4000, 1), (1, 4000), (7, 5))):
+            Image.new("RGB", size).save(os.path.join(folder, "a b{}%s", f"{i}.png"))
+        os.symlink("loop.jpg", os.path.join(folder, "a b{}%s", "loop.jpg"))
+        open(os.path.join(folder, "a b{}%s", "empty.JPEG"), "w").close()
+        with open(os.path.join(folder, "a b{}%s", "bomb.png"), "wb") as f:   # 50,000 x 50,000, says its header
+            file = io.BytesIO()
+            Image.new("RGB", (1, 1)).save(file, "png")
+            data = bytearray(file.getvalue())
+            data[16:24] = (50000).to_bytes(4, "big") * 2
+            data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+            f.write(data)
+        images = train.ImageFolder(folder)
+        assert len(images) == 8
+        labels = train.EvalViews(images, 32)[np.arange(8)][1]
+        assert labels.tolist() == [0] * 5 + [-1] * 3
+        *_, broken = train.TrainViews(images, 32, 0, 9, 0.25)[(0, 0, 0, np.arange(8), np.zeros(8, np.int64))]
+        assert sorted(set(broken.tolist())) == [5, 6, 7]
+
+
 def test_evaluation_counts_each_image_once_for_1_2_3_processes():
     val = train.ImageFolder(os.path.join(shared_images(), "val"))   # 15 images
     torch.manual_seed(0)
@@ -1075,6 +1195,14 @@ def test_a_damaged_last_save_is_said_and_the_one_before_it_used():
         for name in ("last.pt", "last.prev.pt"):
             break_file(os.path.join(folder, name), "zeroed")
         with raises("Choose another --output", SystemExit):
+            run(*FLAGS, "--output", folder, "--resume")
+
+
+def test_a_file_that_is_no_save_is_not_gone_on_from():
+    with temporary() as folder:
+        run(*FLAGS, "--output", folder)
+        os.replace(os.path.join(folder, "best.pt"), os.path.join(folder, "last.pt"))
+        with raises("no save to go on from", SystemExit):
             run(*FLAGS, "--output", folder, "--resume")
 
 
