@@ -466,11 +466,13 @@ def fold_batch_norms(model):
 
 class Teacher(nn.Module):
     """A frozen classifier: (B, 3, S, S) -> logits (B, K), without gradient, and in evaluation mode
-    whatever the caller says: in training mode its batch norms would drift."""
+    whatever the caller says: in training mode its batch norms would drift. Under autocast it keeps
+    a copy with weights of that type, since frozen weights would be cast anew at every call."""
 
     def __init__(self, model, classes=None):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        self.cast = self.cast_type = None
         self.classes = classes
         self.training = False
 
@@ -479,8 +481,15 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        dtype = next(self.model.parameters()).dtype
-        return self.model(images.to(dtype, memory_format=torch.channels_last))
+        model, device = self.model, images.device.type
+        if torch.is_autocast_enabled(device):
+            if self.cast_type != torch.get_autocast_dtype(device):
+                self.cast, self.cast_type = copy.deepcopy(model), torch.get_autocast_dtype(device)
+                for module in self.cast.modules():
+                    if isinstance(module, (nn.Conv2d, nn.Linear)):
+                        module.to(self.cast_type)
+            model = self.cast
+        return model(images.contiguous(memory_format=torch.channels_last))
 
 
 def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000, *, img_size=None):

@@ -506,6 +506,12 @@ def test_teacher_is_torchvisions_model_frozen_for_good():
     assert not any(m.training for m in teacher.modules())
     close(teacher(x), before, 0)
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()) == 0   # all folded
+    with torch.autocast("cpu", torch.bfloat16):
+        half = teacher(x)
+        assert half.dtype == torch.bfloat16 and (half.float() - before).abs().max() < 0.05 * before.std() + 0.05
+        expected = plain(x)
+    assert (half.float() - before).abs().mean() < 2 * (expected.float() - before).abs().mean() + 1e-3
+    close(teacher(x), before, 0)                          # the float32 weights are still there
     resnet = deit.load_teacher("resnet18", None, 10)(x)   # few neighbours to fold, still right
     assert resnet.shape == (2, 10)
 

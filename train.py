@@ -695,8 +695,7 @@ def create_teacher(args, classes, size, env):
     if teacher.classes not in (None, classes):
         raise InputError(f"the teacher {weights} was trained on other classes than {args.data}'s: "
                          f"{', '.join(teacher.classes[:3])}, ...; train one on these.")
-    dtype = torch.bfloat16 if env.amp == torch.bfloat16 else torch.float32
-    return teacher.to(env.device, dtype)   # held in bf16, not cast at every step
+    return teacher.to(env.device)
 
 
 def try_teacher(args, teacher, val, size, env):
