@@ -281,7 +281,7 @@ class TrainSampler:
 
     The batch of a step is `batch` views in `batch // micro` micro-batches, numbered by k; process r
     of w does k = r, r + w, ... An epoch holds as many views as there are images, less the last
-    incomplete batch; with `repeats` r a view v is view v mod r of image order[v // r] (repeated
+    incomplete batch; view v is the (v mod repeats)th of image order[v // repeats] (repeated
     augmentation: a third of the images, three views each, in the same batch where it fits).
     """
 
@@ -299,8 +299,8 @@ class TrainSampler:
             if epoch != previous:
                 order = np.random.default_rng([self.seed, epoch]).permutation(self.images)
             for k in range(self.rank, self.batch // self.micro, self.world):
-                views = at * self.batch + k * self.micro + np.arange(self.micro)
-                yield epoch, step, k, order[views // self.repeats], views % self.repeats
+                v = at * self.batch + k * self.micro + np.arange(self.micro)
+                yield epoch, step, k, order[v // self.repeats], v % self.repeats
 
 
 class TrainViews:
@@ -363,17 +363,17 @@ class EvalViews:
         return torch.from_numpy(views), torch.from_numpy(labels)
 
 
+def ignore_signals(worker):
+    """Ctrl-C and a cluster's SIGTERM reach all processes at once; the main one handles them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(dataset, items, workers, device):
     """A loader whose items are whole batches; images leave the workers as uint8."""
     return torch.utils.data.DataLoader(
         dataset, sampler=items, batch_size=None, num_workers=workers,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
-
-
-def ignore_signals(worker):
-    """Ctrl-C and a cluster's SIGTERM reach all processes at once; the main one sees to them."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -402,8 +402,9 @@ def evaluate(models, folder, size, batch, indices, env):
         for row, model in zip(counts, models.values()):
             model.eval()
             with env.autocast():
-                cls, dis = (logits.float() for logits in deit.both_heads(model, images))
-            for cell, logits in zip(row, (cls, dis, (cls + dis) / 2)):
+                cls_logits, dist_logits = (x.float() for x in deit.both_heads(model, images))
+            both = (cls_logits + dist_logits) / 2
+            for cell, logits in zip(row, (cls_logits, dist_logits, both)):
                 hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels     # (B, 5)
                 cell += torch.stack([hits[:, 0].sum(), hits.sum()])
     for model, mode in zip(models.values(), was_training):
@@ -464,7 +465,8 @@ FREE_FLAGS = {"data", "output", "resume", "eval", "benchmark", "workers", "devic
 # ------------------------------------------------------------------------------------------------
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                usage="%(prog)s [--data DIR] [flags]")
     p.add_argument("--data", metavar="DIR", help="folder of train/<class>/* and val/<class>/*")
 
     def group(title):
@@ -497,7 +499,7 @@ def parse(argv):
     add("--tau", "temperature of soft distillation", 3.0, float, metavar="X")
 
     add = group("optimisation")
-    add("--epochs", "as many views as there are images are one", 300, int, metavar="N")
+    add("--epochs", "passes over the data, in views", 300, int, metavar="N")
     add("--batch-size", "views per optimizer step, over all processes", 1024, int, metavar="N")
     add("--micro-batch", "views in one forward pass, which are mixed together [128, or batch / "
         "processes if that is less]", type=int, metavar="N")
@@ -624,9 +626,9 @@ def process_group(env):
 
 @contextlib.contextmanager
 def caught_signals():
-    """A list of the SIGTERM (pre-emption) and SIGINT (Ctrl-C) that came, which else do nothing."""
+    """A list of the SIGTERM (pre-emption) and SIGINT (Ctrl-C) that came; they are only noted."""
     came, former = [], {}
-    with contextlib.suppress(ValueError):   # not in the main thread: then they do as always
+    with contextlib.suppress(ValueError):   # not in the main thread: as by default
         for number in (signal.SIGTERM, signal.SIGINT):
             former[number] = signal.signal(number, lambda number, frame: came.append(number))
     try:
@@ -634,34 +636,6 @@ def caught_signals():
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
-
-
-def run_eval(args, env):
-    """--eval: the accuracies of a checkpoint on DATA/val, by each head."""
-    overrides = {} if args.img_size is None else {"img_size": args.img_size}
-    model = by_turns(env, lambda: deit.load_model(args.eval, say=env.say, **overrides))
-    model = must_accept(model, args.eval).to(env.device)
-    folder = ImageFolder(os.path.join(args.data, "val"), model.classes)
-    known, size = model.config["num_classes"], model.config["img_size"]
-    if known != len(folder.classes):
-        raise InputError(f"{args.eval} knows {known} classes, {folder.root} has "
-                         f"{len(folder.classes)}.")
-    every = np.arange(len(folder))
-    scores, broken = evaluate({"it": model}, folder, size, args.micro_batch or 128, every, env)
-    score, unreadable = scores["it"], f", {broken} unreadable, counted as wrong" if broken else ""
-    env.say(f"{args.eval}: {len(folder)} images at {size} px, {env.precision}{unreadable}")
-    for key, name in (("cls", "class head"), ("dist", "distillation head"), ("both", "both")):
-        env.say(f"  {name:18s} top-1 {score[key]:6.3f} %   top-5 {score[key + '5']:6.3f} %")
-    return score
-
-
-def create_student(args, num_classes):
-    """The model to be trained, with its architecture in `.config`."""
-    flags = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path")
-    given = {f: getattr(args, f) for f in flags if getattr(args, f) is not None}
-    if args.model in deit.VARIANTS:
-        given = {"drop_path": 0.1} | given
-    return must_accept(deit.create_classifier(args.model, num_classes, **given), args.model)
 
 
 def must_accept(model, name, size=None):
@@ -684,6 +658,35 @@ def by_turns(env, load):
         if env.world > 1:
             dist.barrier()
     return result
+
+
+def run_eval(args, env):
+    """--eval: the accuracies of a checkpoint on DATA/val, by each head."""
+    overrides = {} if args.img_size is None else {"img_size": args.img_size}
+    model = by_turns(env, lambda: deit.load_model(args.eval, say=env.say, **overrides))
+    model = must_accept(model, args.eval).to(env.device)
+    folder = ImageFolder(os.path.join(args.data, "val"), model.classes)
+    known, size = model.config["num_classes"], model.config["img_size"]
+    if known != len(folder.classes):
+        raise InputError(f"{args.eval} knows {known} classes, {folder.root} has "
+                         f"{len(folder.classes)}.")
+    every = np.arange(len(folder))
+    scores, broken = evaluate({"it": model}, folder, size, args.micro_batch or 128, every, env)
+    score, unreadable = scores["it"], f", {broken} unreadable, counted as wrong" if broken else ""
+    env.say(f"{args.eval}: {len(folder)} images at {size} px, {env.precision}{unreadable}")
+    names = (("cls", "class head"), ("dist", "distillation head"), ("both", "both"))
+    for key, name in names if getattr(model, "num_tokens", 1) == 2 else names[:1]:
+        env.say(f"  {name:18s} top-1 {score[key]:6.3f} %   top-5 {score[key + '5']:6.3f} %")
+    return score
+
+
+def create_student(args, num_classes):
+    """The model to be trained, with its architecture in `.config`."""
+    flags = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path")
+    given = {f: getattr(args, f) for f in flags if getattr(args, f) is not None}
+    if args.model in deit.VARIANTS:
+        given = {"drop_path": 0.1} | given
+    return must_accept(deit.create_classifier(args.model, num_classes, **given), args.model)
 
 
 def create_teacher(args, classes, size, env):
@@ -712,8 +715,51 @@ def try_teacher(args, teacher, val, size, env):
                          f"{args.data}'s, or it is not trained.")
 
 
+def pair(output):
+    """What a model in training returned, as (class logits, distillation logits)."""
+    return output if isinstance(output, tuple) else (output, output)
+
+
+def update_ema(ema, model, decay):
+    """ema = decay ema + (1 - decay) model, in few kernels; buffers (statistics) are copied."""
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        for mine, theirs in zip(ema.buffers(), model.buffers()):
+            mine.copy_(theirs)
+
+
+def average_buffers(model, world):
+    """Each process gathers its own batch statistics (convnets' only; DeiT has none): their mean."""
+    for buffer in model.buffers():
+        if world > 1 and buffer.is_floating_point():
+            all_sum(buffer).div_(world)
+
+
+def gather_union(numbers, world):
+    """The union of the processes' sets."""
+    everyone = [numbers]
+    if world > 1:
+        everyone = [None] * world
+        dist.all_gather_object(everyone, numbers)
+    return set().union(*everyone)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def epoch_line(r):
+    """One aligned line an epoch."""
+    ema = f"  ema {r['ema_both']:5.2f}" if "ema_both" in r else ""
+    agreement = f"  agreement {r['agreement']:4.1f}" if "agreement" in r else ""
+    unreadable = f"  {r['unreadable']} unreadable" if r["unreadable"] else ""
+    return (f"epoch {r['epoch']:3d}  loss {r['train_loss']:6.3f}  top-1 % of {r['val_images']}: "
+            f"class {r['cls']:5.2f}  dist {r['dist']:5.2f}  both {r['both']:5.2f}{ema}{agreement}"
+            f"{unreadable}  {r['img_per_s']:.0f} img/s  {clock(r['seconds'])}")
+
+
 def wrap(model, args, env):
-    """The model as it is trained: compiled if so, its gradients averaged over the processes."""
+    """The model as it is trained: compiled with --compile, gradients averaged over processes."""
     net = torch.compile(model) if args.compile else model
     if env.world > 1:
         net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
@@ -876,7 +922,7 @@ def run(args, env, signals):
     sampler = TrainSampler(len(train), batch, micro, args.repeats, args.seed, env.rank, world,
                            step, total_steps)
     batches = iter(make_loader(dataset, sampler, env.workers, device))
-    places = range(env.rank, batch // micro, world)   # of this process's micro-batches in the batch
+    mine = range(env.rank, batch // micro, world)   # the k's of this process
     one, live = torch.ones((), device=device), sys.stdout.isatty()
     waited, first_step, run_start = 0.0, step, time.perf_counter()
     epoch_start = last_save = run_start
@@ -887,7 +933,7 @@ def run(args, env, signals):
             lr = lr_at(step, peak, args.min_lr, warmup_steps, total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            for k in places:
+            for k in mine:
                 # 1. batch: uint8 views from the workers
                 asked = time.perf_counter()
                 views, labels, boxes, unreadable = next(batches)
@@ -901,7 +947,7 @@ def run(args, env, signals):
                 targets = smooth_targets(labels, K, args.smoothing)
                 images, targets = mix(images, targets, args.mixup, args.cutmix, rng)
                 if world > 1:   # gradients are averaged over the processes once a step
-                    net.require_backward_grad_sync = k == places[-1]
+                    net.require_backward_grad_sync = k == mine[-1]
                 with env.autocast():
                     # 3. teacher: it sees exactly the student's pixels
                     teacher_logits = teacher(images) if teacher else None
@@ -912,7 +958,7 @@ def run(args, env, signals):
                                               mode, args.alpha, args.tau)
                 # 6. backward
                 scaler.scale(loss / accumulation).backward()
-                same = dist_logits.argmax(1) == teacher_logits.argmax(1) if teacher else 0 * one
+                same = dist_logits.argmax(1) == teacher_logits.argmax(1) if teacher else labels < 0
                 loss = loss.detach()
                 if scaler.is_enabled():   # a loss that overflows is skipped, and not counted
                     loss = torch.where(loss.isfinite(), loss, 0)
@@ -992,49 +1038,6 @@ def run(args, env, signals):
                          "add --resume, which repeats what is missing.")
     say(f"finished       in {clock(time.perf_counter() - run_start)}, best top-1 {best:.2f} %")
     return log
-
-
-def pair(output):
-    """What a model in training returned, as (class logits, distillation logits)."""
-    return output if isinstance(output, tuple) else (output, output)
-
-
-def update_ema(ema, model, decay):
-    """ema = decay ema + (1 - decay) model, in few kernels; buffers (statistics) are copied."""
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        for mine, theirs in zip(ema.buffers(), model.buffers()):
-            mine.copy_(theirs)
-
-
-def average_buffers(model, world):
-    """Each process gathers its own batch statistics (convnets' only; DeiT has none): their mean."""
-    for buffer in model.buffers():
-        if world > 1 and buffer.is_floating_point():
-            all_sum(buffer).div_(world)
-
-
-def gather_union(numbers, world):
-    """The union of the processes' sets."""
-    everyone = [numbers]
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, numbers)
-    return set().union(*everyone)
-
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-def epoch_line(r):
-    """One aligned line an epoch."""
-    ema = f"  ema {r['ema_both']:5.2f}" if "ema_both" in r else ""
-    agreement = f"  agreement {r['agreement']:4.1f}" if "agreement" in r else ""
-    unreadable = f"  {r['unreadable']} unreadable" if r["unreadable"] else ""
-    return (f"epoch {r['epoch']:3d}  loss {r['train_loss']:6.3f}  top-1 % of {r['val_images']}: "
-            f"class {r['cls']:5.2f}  dist {r['dist']:5.2f}  both {r['both']:5.2f}{ema}{agreement}"
-            f"{unreadable}  {r['img_per_s']:.0f} img/s  {clock(r['seconds'])}")
 
 
 # ------------------------------------------------------------------------------------------------
