@@ -1,4 +1,4 @@
-"""What deit.py and train.py promise, one claim per test: `python test_deit.py [part of a name ...]`.
+"""What deit.py and train.py promise, one claim per test: `python test_deit.py [part of a name]`.
 
 On the CPU, without network, in about two minutes; pytest collects the functions too. Witnesses from
 outside where there are any: PyTorch's own attention and encoder layer, torchvision's transforms and
@@ -1493,6 +1493,14 @@ def test_any_number_of_processes_gives_the_same_run_also_when_it_changes_on_the_
             2, *FLAGS, "--micro-batch", "4", "--output", os.path.join(folder, "none")
         )
         assert refused.stderr.count("take 16") == 1, "one sentence, once"
+
+
+def test_the_readmes_example_runs_as_printed():
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as f:
+        example = f.read().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(example, names)
+    assert names["logits"].shape == (4, 10) and names["loss"].isfinite()
 
 
 def main(parts):
