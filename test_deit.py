@@ -518,6 +518,10 @@ def test_files_that_could_run_code_or_are_damaged_are_refused():
         torch.save({"model": Bomb()}, path)
         with raises("no checkpoint that can be read safely"):
             deit.read_checkpoint(path)
+        with raises("no checkpoint that can be read safely"):
+            deit.load_teacher("regnet_demo", path, 7)
+        with raises("no checkpoint that can be read safely", SystemExit):
+            run("--finetune", path, "--output", os.path.join(folder, "o"))
         assert not os.path.exists("/tmp/deit-test-bomb")
         torch.save({"model": {"w": torch.arange(1000.0)}}, path)
         with open(path, "r+b") as f:
@@ -1149,6 +1153,37 @@ def test_a_loss_that_is_not_finite_stops_the_run():
     with temporary() as folder, raises("not finite at step 3", SystemExit):
         with patched(deit, "distillation_loss", lambda cls, *rest: cls.sum() * math.nan):
             run("--epochs", "2", "--output", folder)
+
+
+def test_fp16_steps_that_overflow_are_skipped_counted_and_not_for_ever():
+    real, calls = deit.distillation_loss, []
+
+    def overflowing(*args):
+        calls.append(1)
+        return real(*args) * (math.inf if len(calls) in bad_calls else 1)
+
+    with temporary() as folder, patched(deit, "distillation_loss", overflowing):
+        bad_calls = (2, 5)
+        log, said = run("--epochs", "2", "--amp", "fp16", "--output", os.path.join(folder, "a"))
+        assert [r["skipped_steps"] for r in log] == [1, 1] and "1 steps skipped" in said
+        assert all(math.isfinite(r["train_loss"]) for r in log)
+        bad_calls = range(10**6)
+        with raises("not finite at step 21", SystemExit):
+            run("--epochs", "9", "--amp", "fp16", "--log-every", "1", "--output", folder + "/b")
+
+
+def test_more_than_one_percent_of_unreadable_images_stop_the_run():
+    with temporary() as folder:
+        draw_images(folder)
+        with open(os.path.join(folder, "train", "10", "3.JPEG"), "wb") as f:
+            f.write(b"not an image")
+        with raises("1 of 36 training images cannot be read, more than 1 %", SystemExit):
+            run("--epochs", "4", "--repeats", "1", "--output", folder + "/o", data=folder)
+        assert os.path.exists(os.path.join(folder, "o", "last.pt")), "the last save stands"
+        for name in os.listdir(os.path.join(folder, "train", "2")):
+            os.truncate(os.path.join(folder, "train", "2", name), 100)   # vanished, as it were
+        with raises("no image of class 2", SystemExit):
+            run("--epochs", "4", "--output", os.path.join(folder, "p"), data=folder)
 
 
 def test_bad_input_gets_one_sentence():

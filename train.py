@@ -753,6 +753,7 @@ def epoch_line(r):
     ema = f"  ema {r['ema_both']:5.2f}" if "ema_both" in r else ""
     agreement = f"  agreement {r['agreement']:4.1f}" if "agreement" in r else ""
     unreadable = f"  {r['unreadable']} unreadable" if r["unreadable"] else ""
+    unreadable += f"  {r['skipped_steps']} steps skipped" if r.get("skipped_steps") else ""
     return (f"epoch {r['epoch']:3d}  loss {r['train_loss']:6.3f}  top-1 % of {r['val_images']}: "
             f"class {r['cls']:5.2f}  dist {r['dist']:5.2f}  both {r['both']:5.2f}{ema}{agreement}"
             f"{unreadable}  {r['img_per_s']:.0f} img/s  {clock(r['seconds'])}")
@@ -826,10 +827,10 @@ def run(args, env, signals):
     scaler = torch.amp.GradScaler(device.type, enabled=env.amp == torch.float16)
 
     # What changes while it runs: all of it is in a checkpoint. Sums, of this epoch: loss, agreeing
-    # views, micro-batches; in float64, which adds up the same in any order. Bad: steps in a row
-    # whose gradients were not finite.
+    # views, micro-batches, skipped steps; in float64, which adds up the same in any order. Bad:
+    # steps in a row whose gradients were not finite.
     step, best, log, broken = 0, -1.0, [], set()
-    bad, sums = torch.zeros((), device=device), torch.zeros(3, device=device)
+    bad, sums = torch.zeros((), device=device), torch.zeros(4, device=device)
     sums = sums if device.type == "mps" else sums.double()
 
     flags = vars(args) | {"micro_batch": micro, "training images": len(train), "classes": classes}
@@ -861,9 +862,10 @@ def run(args, env, signals):
             say(f"finished       nothing left to do, best top-1 {best:.2f} %")
             return log
 
-    if env.agree(step) != -env.agree(-step):
-        raise InputError(f"the processes found different saves in {output}: it must be on a disk "
-                         "that all of them share.")
+    weights = hash(tuple(p.detach().cpu().double().sum().item() for p in model.parameters()))
+    if any(env.agree(x) != -env.agree(-x) for x in (step, weights)):
+        raise InputError(f"the processes do not start alike: {output} must be on a disk that all "
+                         "of them share, and --finetune the same file.")
 
     def stop_if_not_finite(loss):
         """Gradients that are not finite: fp16's scaler skips such steps, but not for ever."""
@@ -962,7 +964,7 @@ def run(args, env, signals):
                 loss = loss.detach()
                 if scaler.is_enabled():   # a loss that overflows is skipped, and not counted
                     loss = torch.where(loss.isfinite(), loss, 0)
-                sums += torch.stack([loss, same.float().mean(), one])
+                sums[:3] += torch.stack([loss, same.float().mean(), one])
             # 7. step
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm(
@@ -970,6 +972,7 @@ def run(args, env, signals):
             if args.clip_grad:
                 torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.clip_grad, norm)
             bad = torch.where(norm.isfinite(), 0, bad + 1)
+            sums[3] += (bad > 0) / world
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
@@ -1005,15 +1008,17 @@ def run(args, env, signals):
         for each in models.values():
             average_buffers(each, world)
         scores, bad_val = evaluate(models, val, size, micro, np.arange(len(val)), env)
-        mean_loss, same, _ = (all_sum(sums.clone()) / all_sum(sums[2].clone())).tolist()
+        total, same, micro_batches, skipped = all_sum(sums.clone()).tolist()
         broken = gather_union(broken, world)
-        record = {"epoch": len(log) + 1, "step": step, "lr": lr_at(
-            step - 1, peak, args.min_lr, warmup_steps, total_steps), "train_loss": mean_loss}
+        lr = lr_at(step - 1, peak, args.min_lr, warmup_steps, total_steps)
+        record = {"epoch": len(log) + 1, "step": step, "lr": lr, "train_loss": total / micro_batches}
         record |= {key: scores["model"][key] for key in ("cls", "dist", "both")}
         if ema:
             record |= {"ema_" + key: scores["ema"][key] for key in ("cls", "dist", "both")}
         if teacher:
-            record["agreement"] = 100 * same
+            record["agreement"] = 100 * same / micro_batches
+        if scaler.is_enabled():
+            record["skipped_steps"] = round(skipped)
         log.append(record | {
             "val_images": len(val), "unreadable": len(broken) + bad_val,
             "img_per_s": (step - max(first_step, step - epoch_steps)) * batch / seconds,
