@@ -1011,7 +1011,8 @@ def run(args, env, signals):
         total, same, micro_batches, skipped = all_sum(sums.clone()).tolist()
         broken = gather_union(broken, world)
         lr = lr_at(step - 1, peak, args.min_lr, warmup_steps, total_steps)
-        record = {"epoch": len(log) + 1, "step": step, "lr": lr, "train_loss": total / micro_batches}
+        record = {"epoch": len(log) + 1, "step": step, "lr": lr,
+                  "train_loss": total / micro_batches}
         record |= {key: scores["model"][key] for key in ("cls", "dist", "both")}
         if ema:
             record |= {"ema_" + key: scores["ema"][key] for key in ("cls", "dist", "both")}
