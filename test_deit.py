@@ -1453,6 +1453,23 @@ def test_a_damaged_last_save_is_said_and_the_one_before_it_used():
             run(*FLAGS, "--output", folder, "--resume")
 
 
+def test_a_run_whose_data_vanish_ends_with_a_sentence_and_its_workers():
+    with temporary() as folder:
+        draw_images(folder)
+        argv = ["--data", folder, "--model", "deit_tiny_patch16_224", "--epochs", "999"]
+        argv += ["--batch-size", "12", *SMALL_FLAGS, "--workers", "1"]
+        process = subprocess.Popen(
+            [sys.executable, os.path.join(HERE, "train.py"), *argv, "--output", folder + "/o"],
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        while not os.path.exists(folder + "/o/last.pt"):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        os.rename(folder + "/train", folder + "/gone")
+        said = process.communicate(timeout=60)[1]   # a worker left behind would keep it from ending
+        assert process.returncode == 1 and "can be read" in said and "Traceback" not in said, said
+        assert os.path.exists(folder + "/o/last.pt"), "the last save stands"
+
+
 def test_a_file_that_is_no_save_is_not_gone_on_from():
     with temporary() as folder:
         run(*FLAGS, "--output", folder)

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import itertools
 import json
 import math
@@ -363,17 +364,20 @@ class EvalViews:
         return torch.from_numpy(views), torch.from_numpy(labels)
 
 
-def ignore_signals(worker):
-    """Ctrl-C and a cluster's SIGTERM reach all processes at once; the main one handles them."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(worker):
+    """Ctrl-C and a cluster's SIGTERM reach all processes at once: the workers serve the main one for
+    10 more seconds, in which it finishes its step, and end without an error of their own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):   # not on Windows
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
+        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
 
 
 def make_loader(dataset, items, workers, device):
     """A loader whose items are whole batches; images leave the workers as uint8."""
     return torch.utils.data.DataLoader(
         dataset, sampler=items, batch_size=None, num_workers=workers,
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+        pin_memory=device.type == "cuda", worker_init_fn=outlive_signals)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1252,6 +1256,7 @@ def main(argv=None):
             raise
         sentence = (f"a loader worker died ({str(e).splitlines()[0]}): lower --workers or free "
                     "memory (in a container, raise --shm-size), then --resume from the last save.")
+    gc.collect()   # the failed run's loaders, so that their workers end
     if env and env.local_rank:   # what all meet, the first one says; torchrun then ends this one
         time.sleep(3)
         sentence = f"process {env.rank}: {sentence}"
