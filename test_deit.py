@@ -974,6 +974,20 @@ def test_images_of_every_size_and_name_are_read():
         assert sorted(set(broken.tolist())) == [5, 6, 7]
 
 
+def test_progressive_animated_and_rotated_images_are_read_as_the_recipe_does():
+    with temporary() as folder:
+        os.makedirs(folder + "/c")
+        picture = noise_image(20, 10)
+        picture.save(folder + "/c/0.jpg", progressive=True)
+        picture.save(folder + "/c/1.gif", save_all=True, append_images=[noise_image(20, 10, 1)] * 2)
+        exif = Image.Exif()
+        exif[0x0112] = 6   # "turn by 90 degrees", which the recipe ignores
+        picture.save(folder + "/c/2.jpg", exif=exif)
+        images = train.ImageFolder(folder)
+        assert [images.open(i).size for i in range(3)] == [(20, 10)] * 3
+        assert [images.open(i).mode for i in range(3)] == ["RGB"] * 3
+
+
 def test_evaluation_counts_each_image_once_for_1_2_3_processes():
     val = train.ImageFolder(os.path.join(shared_images(), "val"))   # 15 images
     torch.manual_seed(0)
@@ -1170,6 +1184,17 @@ def test_fp16_steps_that_overflow_are_skipped_counted_and_not_for_ever():
         bad_calls = range(10**6)
         with raises("not finite at step 21", SystemExit):
             run("--epochs", "9", "--amp", "fp16", "--log-every", "1", "--output", folder + "/b")
+
+
+def test_out_of_memory_names_the_micro_batch_to_try():
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with temporary() as folder, patched(deit, "distillation_loss", full):
+        with raises("try --micro-batch 6 (the batch stays)", SystemExit):
+            run("--epochs", "2", "--output", folder)
+        with raises("try --micro-batch 3 (the batch stays)", SystemExit):
+            run("--epochs", "2", "--micro-batch", "4", "--output", folder)
 
 
 def test_more_than_one_percent_of_unreadable_images_stop_the_run():

@@ -365,8 +365,8 @@ class EvalViews:
 
 
 def outlive_signals(worker):
-    """Ctrl-C and a cluster's SIGTERM reach all processes at once: the workers serve the main one for
-    10 more seconds, in which it finishes its step, and end without an error of their own."""
+    """Ctrl-C and a cluster's SIGTERM reach all processes at once: the workers serve the main one
+    for 10 more seconds, in which it finishes its step, and end without an error of their own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):   # not on Windows
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
