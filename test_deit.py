@@ -1002,9 +1002,10 @@ def test_evaluation_counts_each_image_once_for_1_2_3_processes():
               "net": deit.create_classifier("regnet_demo", 3)}
     every, whole = np.arange(len(val)), None
     for world in (1, 2, 3):
-        parts = [
-            train.evaluate(models, val, 32, 4, every, cpu(rank, world))[0] for rank in range(world)
-        ]
+        parts = []
+        for env in (cpu(rank, world) for rank in range(world)):
+            loader = train.eval_loader(val, 32, 4, every, env)
+            parts.append(train.evaluate(models, loader, len(val), env)[0])
         total = {n: {k: sum(p[n][k] for p in parts) for k in parts[0][n]} for n in models}
         whole = whole or total
         for n in models:

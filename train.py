@@ -377,6 +377,7 @@ def make_loader(dataset, items, workers, device):
     """A loader whose items are whole batches; images leave the workers as uint8."""
     return torch.utils.data.DataLoader(
         dataset, sampler=items, batch_size=None, num_workers=workers,
+        persistent_workers=workers > 0,   # started once: forking late, among threads, can hang
         pin_memory=device.type == "cuda", worker_init_fn=outlive_signals)
 
 
@@ -391,16 +392,21 @@ def all_sum(tensor):
     return tensor
 
 
-@torch.no_grad()
-def evaluate(models, folder, size, batch, indices, env):
-    """Accuracy in percent of each of the models {name: module} over the given indices, {name:
-    {"cls", "dist", "both": top-1, "cls5", "dist5", "both5": top-5}}, and how many were unreadable.
-    """
+def eval_loader(folder, size, batch, indices, env):
+    """This process's share of the images at the given indices, in batches."""
     mine = indices[env.rank::env.world]
     items = [mine[i:i + batch] for i in range(0, len(mine), batch)]
+    return make_loader(EvalViews(folder, size), items, env.workers, env.device)
+
+
+@torch.no_grad()
+def evaluate(models, loader, count, env):
+    """Accuracy in percent of each of the models {name: module} over the `count` images of all
+    processes' loaders, {name: {"cls", "dist", "both": top-1, "cls5", "dist5", "both5": top-5}}, and
+    how many of them were unreadable."""
     was_training = [model.training for model in models.values()]
     counts = torch.zeros(len(models) + 1, 3, 2, device=env.device)
-    for views, labels in make_loader(EvalViews(folder, size), items, env.workers, env.device):
+    for views, labels in loader:
         images, labels = normalise(views, env.device), labels.to(env.device)[:, None]
         counts[-1, 0, 0] += (labels < 0).sum()
         for row, model in zip(counts, models.values()):
@@ -415,7 +421,7 @@ def evaluate(models, folder, size, batch, indices, env):
         model.train(mode)
     counts = all_sum(counts).tolist()
     keys = ("cls", "dist", "both", "cls5", "dist5", "both5")
-    return {name: {key: 100 * row[i % 3][i // 3] / len(indices) for i, key in enumerate(keys)}
+    return {name: {key: 100 * row[i % 3][i // 3] / count for i, key in enumerate(keys)}
             for name, row in zip(models, counts)}, int(counts[-1][0][0])
 
 
@@ -674,8 +680,8 @@ def run_eval(args, env):
     if known != len(folder.classes):
         raise InputError(f"{args.eval} knows {known} classes, {folder.root} has "
                          f"{len(folder.classes)}.")
-    every = np.arange(len(folder))
-    scores, broken = evaluate({"it": model}, folder, size, args.micro_batch or 128, every, env)
+    loader = eval_loader(folder, size, args.micro_batch or 128, np.arange(len(folder)), env)
+    scores, broken = evaluate({"it": model}, loader, len(folder), env)
     score, unreadable = scores["it"], f", {broken} unreadable, counted as wrong" if broken else ""
     env.say(f"{args.eval}: {len(folder)} images at {size} px, {env.precision}{unreadable}")
     names = (("cls", "class head"), ("dist", "distillation head"), ("both", "both"))
@@ -708,7 +714,8 @@ def create_teacher(args, classes, size, env):
 def try_teacher(args, teacher, val, size, env):
     """Prints the teacher's accuracy on some validation images; refuses one that knows nothing."""
     some = np.unique(np.linspace(0, len(val) - 1, 512).astype(np.int64))
-    accuracy = evaluate({"it": teacher}, val, size, 64, some, env)[0]["it"]["cls"]
+    loader = eval_loader(val, size, 64, some, env)
+    accuracy = evaluate({"it": teacher}, loader, len(some), env)[0]["it"]["cls"]
     env.say(f"teacher        {args.teacher} {args.teacher_weights}, {accuracy:.1f} % right on "
             f"{len(some)} validation images")
     chance = 1 / len(val.classes)
@@ -928,6 +935,7 @@ def run(args, env, signals):
     sampler = TrainSampler(len(train), batch, micro, args.repeats, args.seed, env.rank, world,
                            step, total_steps)
     batches = iter(make_loader(dataset, sampler, env.workers, device))
+    val_loader = eval_loader(val, size, micro, np.arange(len(val)), env)
     mine = range(env.rank, batch // micro, world)   # the k's of this process
     one, live = torch.ones((), device=device), sys.stdout.isatty()
     waited, first_step, run_start = 0.0, step, time.perf_counter()
@@ -1011,7 +1019,7 @@ def run(args, env, signals):
         models = {"model": model} | ({"ema": ema} if ema else {})
         for each in models.values():
             average_buffers(each, world)
-        scores, bad_val = evaluate(models, val, size, micro, np.arange(len(val)), env)
+        scores, bad_val = evaluate(models, val_loader, len(val), env)
         total, same, micro_batches, skipped = all_sum(sums.clone()).tolist()
         broken = gather_union(broken, world)
         lr = lr_at(step - 1, peak, args.min_lr, warmup_steps, total_steps)
