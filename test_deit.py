@@ -39,6 +39,9 @@ SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_
 SMALL_FLAGS = ("--img-size 32 --patch-size 8 --embed-dim 32 --depth 2 --num-heads 2 --workers 0 "
                "--amp off --device cpu").split()
 
+BASE_FLAGS = (f"--model {TI} --teacher regnet_demo --teacher-weights none --warmup-epochs 1 "
+              "--batch-size 12").split() + SMALL_FLAGS
+
 
 def close(a, b, tolerance=1e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -1023,22 +1026,7 @@ def test_evaluation_counts_each_image_once_for_1_2_3_processes():
 
 def run(*flags, data=None):
     """train.main on the small model; (log, what it printed)"""
-    argv = [
-        "--data",
-        data or shared_images(),
-        "--model",
-        TI,
-        "--teacher",
-        "regnet_demo",
-        "--teacher-weights",
-        "none",
-        "--warmup-epochs",
-        "1",
-        "--batch-size",
-        "12",
-        *SMALL_FLAGS,
-        *flags,
-    ]
+    argv = ["--data", data or shared_images(), *BASE_FLAGS, *flags]
     return quiet(train.main, argv)
 
 
@@ -1529,31 +1517,11 @@ def test_a_full_disk_keeps_the_former_save_and_training_goes_on():
 
 
 def torchrun(processes, *flags):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-        os.path.join(HERE, "train.py"),
-        "--data",
-        shared_images(),
-        "--model",
-        TI,
-        "--teacher",
-        "regnet_demo",
-        "--teacher-weights",
-        "none",
-        "--warmup-epochs",
-        "1",
-        "--batch-size",
-        "12",
-        *SMALL_FLAGS,
-        *flags,
-    ]
-    return subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", os.path.join(HERE, "train.py")]
+    command += ["--data", shared_images(), *BASE_FLAGS, *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def test_any_number_of_processes_gives_the_same_run_also_when_it_changes_on_the_way():
