@@ -19,7 +19,7 @@ import argparse
 import contextlib
 import copy
 import functools
-import gc
+import hashlib
 import itertools
 import json
 import math
@@ -223,50 +223,69 @@ SUFFIXES = tuple(s.encode() for s in (".jpg", ".jpeg", ".png", ".webp", ".bmp", 
                                       ".pgm", ".tif", ".tiff"))
 
 
+def hash_of(name):
+    """A file name's number in 0..1, the same wherever the file lies and whatever is beside it."""
+    return int.from_bytes(hashlib.sha256(name).digest()[:6], "big") / 2**48
+
+
 class ImageFolder:
     """The images of root/<class>/*, sorted as text by class and name, without hidden files.
 
     Names are held in one array, not in a Python list, whose reference counts would copy it into
-    every worker. classes: the list that numbers them (None: this folder's own). Raises InputError.
+    every worker. classes: the list that numbers them (None: this folder's own). part: the images
+    whose names' hash, a number in 0..1, lies in this range. Raises InputError.
     """
 
-    def __init__(self, root, classes=None):
+    def __init__(self, root, classes=None, part=(0, 1)):
         if not os.path.isdir(root):
             raise InputError(f"there is no folder {root}: give --data a folder that holds "
-                             "train/<class>/<image> and val/<class>/<image>.")
+                             "train/<class>/<image> and val/<class>/<image>, or --val-fraction "
+                             "if it holds class folders only.")
         found = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
         if not found:
             raise InputError(f"{root} holds no class folders: put the images of each class into a "
                              "folder of its own.")
-        self.root, self.classes = root, found if classes is None else list(classes)
-        strange = sorted(set(found) - set(self.classes))
-        if strange:
-            raise InputError(f"{root} has classes that training does not know: "
-                             f"{', '.join(strange[:3])} ({len(strange)} in all).")
-        names, counts, found = [], np.zeros(len(self.classes), np.int64), set(found)
-        for label, name in enumerate(self.classes):
-            if name in found:   # a validation set may lack a class
-                files = os.listdir(os.fsencode(os.path.join(root, name)))
-                files = [f for f in files if f.lower().endswith(SUFFIXES) and f[:1] != b"."]
-                names += sorted(files)
-                counts[label] = len(files)
+        names, counts = [], []
+        for name in found:
+            files = os.listdir(os.fsencode(os.path.join(root, name)))
+            files = [f for f in files if f.lower().endswith(SUFFIXES) and f[:1] != b"."]
+            if part != (0, 1):
+                files = [f for f in files if part[0] <= hash_of(f) < part[1]]
+            names += sorted(files)
+            counts.append(len(files))
         if not names:
-            raise InputError(f"{root} holds no images ({' '.join(s.decode() for s in SUFFIXES)}).")
-        empty = [c for c, count in zip(self.classes, counts) if not count]
-        if empty and classes is None:
-            raise InputError(f"{os.path.join(root, empty[0])} holds no images: add some, or remove "
-                             f"the folder ({len(empty)} such in all).")
+            chosen = "" if part == (0, 1) else "among those that --val-fraction chooses "
+            raise InputError(f"{root} holds no images {chosen}"
+                             f"({' '.join(s.decode() for s in SUFFIXES)}).")
+        self.root, self.classes, self.folders = root, found, found
         self.labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
-        self.first = np.cumsum([0, *counts])   # image of each class, and the end
+        self.first = np.cumsum([0, *counts])   # image of each folder, and the end
         self.starts = np.cumsum([0] + [len(n) for n in names])
         self.names = np.frombuffer(b"".join(names), np.uint8)
+        if classes is not None:
+            self.renumber(classes)
+
+    def renumber(self, classes):
+        """Labels by another list of classes, in which this folder's must be found."""
+        strange = sorted(set(self.folders) - set(classes))
+        if strange:
+            raise InputError(f"{self.root} has classes that training does not know: "
+                             f"{', '.join(strange[:3])} ({len(strange)} in all).")
+        number = {name: i for i, name in enumerate(classes)}
+        table = np.array([number[name] for name in self.folders], np.int32)
+        self.classes, self.labels = list(classes), table[self.labels]
 
     def __len__(self):
         return len(self.labels)
 
+    def neighbours(self, i):
+        """The range of the images in the folder of image i, and the folder's name."""
+        k = int(self.first.searchsorted(i, "right")) - 1
+        return self.first[k], self.first[k + 1], self.folders[k]
+
     def path(self, i):
-        folder = os.path.join(self.root, self.classes[self.labels[i]])
         name = self.names[self.starts[i]:self.starts[i + 1]].tobytes()
+        folder = os.path.join(self.root, self.neighbours(i)[2])
         return os.path.join(os.fsencode(folder), name)
 
     def open(self, i):
@@ -318,15 +337,13 @@ class TrainViews:
 
     def decode(self, i, broken):
         """Image i, or the next one of its class that can be read; adds what can not to `broken`."""
-        label = self.folder.labels[i]
-        start, stop = self.folder.first[label:label + 2]
+        start, stop, name = self.folder.neighbours(i)
         for j in itertools.chain(range(i, stop), range(start, i)):
             try:
                 return self.folder.open(j)
             except Exception:   # Pillow raises OSError, SyntaxError, ValueError and many more
                 broken.append(j)
-        raise InputError(f"no image of class {self.folder.classes[label]} in {self.folder.root} "
-                         "can be read.")
+        raise InputError(f"no image of class {name} in {self.folder.root} can be read.")
 
     def __getitem__(self, item):
         epoch, step, k, images, numbers = item
@@ -347,18 +364,18 @@ class TrainViews:
 
 
 class EvalViews:
-    """Item: indices (m,) -> uint8 central views (m, S, S, 3) and labels (m,); a broken image's
-    label is -1, which no answer matches."""
+    """Item (S, indices (m,), labels (m,)) -> uint8 central views (m, S, S, 3) and the labels, -1
+    where an image is broken, which no answer matches."""
 
-    def __init__(self, folder, size):
-        self.folder, self.size = folder, size
+    def __init__(self, folder):
+        self.folder = folder
 
-    def __getitem__(self, indices):
-        views = np.zeros((len(indices), self.size, self.size, 3), np.uint8)
-        labels = self.folder.labels[indices].astype(np.int64)
+    def __getitem__(self, item):
+        size, indices, labels = item
+        views, labels = np.zeros((len(indices), size, size, 3), np.uint8), labels.astype(np.int64)
         for place, i in enumerate(indices.tolist()):
             try:
-                views[place] = deit.center_view(self.folder.open(i), self.size)
+                views[place] = deit.center_view(self.folder.open(i), size)
             except Exception:   # never substituted: it counts as wrong
                 labels[place] = -1
         return torch.from_numpy(views), torch.from_numpy(labels)
@@ -373,12 +390,15 @@ def outlive_signals(worker):
         signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
 
 
-def make_loader(dataset, items, workers, device):
-    """A loader whose items are whole batches; images leave the workers as uint8."""
-    return torch.utils.data.DataLoader(
-        dataset, sampler=items, batch_size=None, num_workers=workers,
-        persistent_workers=workers > 0,   # started once: forking late, among threads, can hang
-        pin_memory=device.type == "cuda", worker_init_fn=outlive_signals)
+def start_workers(dataset, items, env):
+    """A loader of whole batches, and its first iterator: the workers run from now on, for all later
+    iterators too. They are started before the processes are joined, since to fork among the threads
+    of a process group can hang."""
+    loader = torch.utils.data.DataLoader(
+        dataset, sampler=items, batch_size=None, num_workers=env.workers,
+        persistent_workers=env.workers > 0, pin_memory=env.device.type == "cuda",
+        worker_init_fn=outlive_signals)
+    return loader, iter(loader)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -392,18 +412,14 @@ def all_sum(tensor):
     return tensor
 
 
-def eval_loader(folder, size, batch, indices, env):
-    """This process's share of the images at the given indices, in batches."""
-    mine = indices[env.rank::env.world]
-    items = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-    return make_loader(EvalViews(folder, size), items, env.workers, env.device)
-
-
 @torch.no_grad()
-def evaluate(models, loader, count, env):
-    """Accuracy in percent of each of the models {name: module} over the `count` images of all
-    processes' loaders, {name: {"cls", "dist", "both": top-1, "cls5", "dist5", "both5": top-5}}, and
-    how many of them were unreadable."""
+def evaluate(models, loader, indices, size, batch, env):
+    """Accuracy in percent of each of the models {name: module} on images of the loader's folder,
+    {name: {"cls", "dist", "both": top-1, "cls5", "dist5", "both5": top-5}}, and how many were
+    unreadable. Each process takes its share of the images, in batches."""
+    mine, labels = indices[env.rank::env.world], loader.dataset.folder.labels
+    parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
+    loader.sampler[:] = [(size, part, labels[part]) for part in parts]
     was_training = [model.training for model in models.values()]
     counts = torch.zeros(len(models) + 1, 3, 2, device=env.device)
     for views, labels in loader:
@@ -421,7 +437,7 @@ def evaluate(models, loader, count, env):
         model.train(mode)
     counts = all_sum(counts).tolist()
     keys = ("cls", "dist", "both", "cls5", "dist5", "both5")
-    return {name: {key: 100 * row[i % 3][i // 3] / count for i, key in enumerate(keys)}
+    return {name: {key: 100 * row[i % 3][i // 3] / len(indices) for i, key in enumerate(keys)}
             for name, row in zip(models, counts)}, int(counts[-1][0][0])
 
 
@@ -478,6 +494,8 @@ def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
                                 usage="%(prog)s [--data DIR] [flags]")
     p.add_argument("--data", metavar="DIR", help="folder of train/<class>/* and val/<class>/*")
+    p.add_argument("--val-fraction", metavar="X", type=float, default=0.0, help="DIR holds class "
+                   "folders only: validate on this part of their images, chosen by file name [0]")
 
     def group(title):
         def add(flag, meaning, default=None, type=None, **how):
@@ -556,7 +574,7 @@ def check(args):
         ("min_lr weight_decay clip_grad mixup cutmix seed warmup_epochs workers save_minutes",
          lambda x: 0 <= x < math.inf, "it must be 0 or more"),
         ("smoothing erasing alpha", lambda x: 0 <= x <= 1, "it must lie in 0..1"),
-        ("drop_path ema_decay", lambda x: 0 <= x < 1, "it must lie in 0..1, below 1"),
+        ("drop_path ema_decay val_fraction", lambda x: 0 <= x < 1, "it must lie in 0..1, below 1"),
         ("randaugment", lambda x: 0 <= x <= 10, "it must lie in 0..10"),
         ("warmup_epochs", lambda x: args.eval or x < args.epochs, "it must be shorter than the run "
          f"of {args.epochs} epochs"))
@@ -613,6 +631,11 @@ class Environment:
         if self.rank == 0:
             print(*words, flush=True, **how)
 
+    def join(self):
+        """torchrun's processes become one group; alone, nothing."""
+        if self.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+
     def agree(self, code):
         """The highest of the processes' codes: what one of them wants, all do."""
         if self.world > 1:
@@ -620,18 +643,6 @@ class Environment:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             return flag.item()
         return code
-
-
-@contextlib.contextmanager
-def process_group(env):
-    """torchrun's processes joined for the time of the run; alone, nothing."""
-    if env.world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if env.device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        if env.world > 1:
-            dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -672,16 +683,19 @@ def by_turns(env, load):
 
 def run_eval(args, env):
     """--eval: the accuracies of a checkpoint on DATA/val, by each head."""
+    folder = ImageFolder(*splits(args)[1])
+    loader, _ = start_workers(EvalViews(folder), [], env)
+    env.join()
     overrides = {} if args.img_size is None else {"img_size": args.img_size}
     model = by_turns(env, lambda: deit.load_model(args.eval, say=env.say, **overrides))
     model = must_accept(model, args.eval).to(env.device)
-    folder = ImageFolder(os.path.join(args.data, "val"), model.classes)
+    folder.renumber(model.classes or folder.classes)
     known, size = model.config["num_classes"], model.config["img_size"]
     if known != len(folder.classes):
         raise InputError(f"{args.eval} knows {known} classes, {folder.root} has "
                          f"{len(folder.classes)}.")
-    loader = eval_loader(folder, size, args.micro_batch or 128, np.arange(len(folder)), env)
-    scores, broken = evaluate({"it": model}, loader, len(folder), env)
+    every = np.arange(len(folder))
+    scores, broken = evaluate({"it": model}, loader, every, size, args.micro_batch or 128, env)
     score, unreadable = scores["it"], f", {broken} unreadable, counted as wrong" if broken else ""
     env.say(f"{args.eval}: {len(folder)} images at {size} px, {env.precision}{unreadable}")
     names = (("cls", "class head"), ("dist", "distillation head"), ("both", "both"))
@@ -690,10 +704,11 @@ def run_eval(args, env):
     return score
 
 
-def create_student(args, num_classes):
+def create_student(args, size, num_classes):
     """The model to be trained, with its architecture in `.config`."""
-    flags = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path")
+    flags = ("patch_size", "embed_dim", "depth", "num_heads", "drop_path")
     given = {f: getattr(args, f) for f in flags if getattr(args, f) is not None}
+    given["img_size"] = size
     if args.model in deit.VARIANTS:
         given = {"drop_path": 0.1} | given
     return must_accept(deit.create_classifier(args.model, num_classes, **given), args.model)
@@ -711,11 +726,11 @@ def create_teacher(args, classes, size, env):
     return teacher.to(env.device)
 
 
-def try_teacher(args, teacher, val, size, env):
+def try_teacher(args, teacher, val_loader, size, env):
     """Prints the teacher's accuracy on some validation images; refuses one that knows nothing."""
+    val = val_loader.dataset.folder
     some = np.unique(np.linspace(0, len(val) - 1, 512).astype(np.int64))
-    loader = eval_loader(val, size, 64, some, env)
-    accuracy = evaluate({"it": teacher}, loader, len(some), env)[0]["it"]["cls"]
+    accuracy = evaluate({"it": teacher}, val_loader, some, size, 64, env)[0]["it"]["cls"]
     env.say(f"teacher        {args.teacher} {args.teacher_weights}, {accuracy:.1f} % right on "
             f"{len(some)} validation images")
     chance = 1 / len(val.classes)
@@ -779,9 +794,21 @@ def wrap(model, args, env):
     return net
 
 
+def splits(args):
+    """ImageFolder's arguments (root, classes, part) for the training and the validation images."""
+    train, val = (os.path.join(args.data, name) for name in ("train", "val"))
+    if not args.val_fraction:
+        return (train,), (val,)
+    if os.path.isdir(val):
+        raise InputError(f"there is a folder {val}: leave out --val-fraction, which is for class "
+                         "folders that lie in DIR itself.")
+    at = args.val_fraction
+    return (args.data, None, (at, 1)), (args.data, None, (0, at))
+
+
 def prepare(args, env):
     """What follows from flags and data, if it fits together: the distillation mode, the views in a
-    micro-batch, the training and the validation images. Raises InputError."""
+    micro-batch, the images' side, the training and the validation images. Raises InputError."""
     is_distilled = args.model in deit.VARIANTS and deit.VARIANTS[args.model][3]
     mode = args.distillation or ("hard" if is_distilled else "none")
     if is_distilled and mode == "none":
@@ -793,8 +820,13 @@ def prepare(args, env):
         nearest = max(1, round(batch / (micro * world))) * micro * world
         raise InputError(f"--batch-size {batch} is not processes x micro-batch x an integer "
                          f"({world} x {micro} x n): take {nearest}.")
-    train = ImageFolder(os.path.join(args.data, "train"))
-    val = ImageFolder(os.path.join(args.data, "val"), train.classes)
+    size = args.img_size or deit.VARIANTS.get(args.model, (0, 0, 224))[2]
+    train, val = (ImageFolder(*where) for where in splits(args))
+    empty = [c for c, a, b in zip(train.classes, train.first, train.first[1:]) if a == b]
+    if empty:
+        raise InputError(f"{os.path.join(train.root, empty[0])} holds no images to train on: add "
+                         f"some, or remove the folder ({len(empty)} such in all).")
+    val.renumber(train.classes)
     if len(train.classes) < 2:
         raise InputError(f"{train.root} holds one class only, {train.classes[0]}: there is no "
                          "choice to learn.")
@@ -804,7 +836,20 @@ def prepare(args, env):
     if len(train) < batch and not args.benchmark:
         raise InputError(f"{train.root} holds {len(train)} images, fewer than a batch of {batch}: "
                          "lower --batch-size.")
-    return mode, micro, train, val
+    return mode, micro, size, train, val
+
+
+def must_continue(saved, path, flags):
+    """Refuses a checkpoint that is not the beginning of a run with these flags."""
+    if not {"flags", "classes", "ema", "optimizer", "step", "sums"} <= saved.keys() or (
+            saved["optimizer"] is None):
+        raise InputError(f"{path} is no save to go on from: choose another --output, or start "
+                         "from it with --finetune.")
+    before = saved["flags"] | {"classes": saved["classes"]}
+    changed = [f for f in flags if f not in FREE_FLAGS and flags[f] != before.get(f)]
+    if changed:
+        raise InputError(f"{path} is of a run with other {', '.join(changed)}: give the same "
+                         "again, or another --output.")
 
 
 def run(args, env, signals):
@@ -818,65 +863,62 @@ def run(args, env, signals):
         raise InputError(f"{output} holds a run: add --resume to go on with it, or choose another "
                          "--output.")
 
-    mode, micro, train, val = prepare(args, env)
+    mode, micro, size, train, val = prepare(args, env)
     batch, classes, K = args.batch_size, train.classes, len(train.classes)
     accumulation, epoch_steps = batch // (micro * world), len(train) // batch
     total_steps, warmup_steps = args.epochs * epoch_steps, round(args.warmup_epochs * epoch_steps)
     peak = args.lr * batch / 512
+    flags = vars(args) | {"micro_batch": micro, "training images": len(train), "classes": classes}
+    saved, path = read_last((last_path, prev_path), say) if args.resume else (None, None)
+    if saved:
+        must_continue(saved, path, flags)
+        say(f"resumed        {path}, {saved['step']} of {total_steps} steps done")
+        if env.rank == 0:
+            write_log(log_path, saved["log"])
+        if len(saved["log"]) == args.epochs:
+            say(f"finished       nothing left to do, best top-1 {saved['best']:.2f} %")
+            return saved["log"]
+
+    # What changes while it runs: all of it is in a checkpoint. Sums, of this epoch: loss, agreeing
+    # views, micro-batches, skipped steps; in float64, which adds up the same in any order. Bad:
+    # steps in a row whose gradients were not finite.
+    step, best, log = (saved[key] for key in ("step", "best", "log")) if saved else (0, -1.0, [])
+    bad, sums, broken = torch.zeros((), device=device), torch.zeros(4, device=device), set()
+    sums = sums if device.type == "mps" else sums.double()
+
+    dataset = TrainViews(train, size, args.seed, args.randaugment, args.erasing)
+    sampler = TrainSampler(len(train), batch, micro, args.repeats, args.seed, env.rank, world,
+                           step, total_steps)
+    _, batches = start_workers(dataset, sampler, env)
+    val_loader, _ = start_workers(EvalViews(val), [], env)
+    env.join()
 
     # Three names: model is raw (saved, evaluated), net compiled and wrapped (trained), ema averaged
-    saved, path = read_last((last_path, prev_path), say) if args.resume else (None, None)
     torch.manual_seed(keyed(args.seed, "weights").getrandbits(63))
-    model = create_student(args, K)
+    model = create_student(args, size, K)
     if args.finetune and not saved:
         by_turns(env, lambda: deit.load_weights(model, args.finetune, say=say))
-    model, size = model.to(device), model.config["img_size"]
+    model = model.to(device)
     net = wrap(model, args, env)
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
     groups = parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=env.amp == torch.float16)
-
-    # What changes while it runs: all of it is in a checkpoint. Sums, of this epoch: loss, agreeing
-    # views, micro-batches, skipped steps; in float64, which adds up the same in any order. Bad:
-    # steps in a row whose gradients were not finite.
-    step, best, log, broken = 0, -1.0, [], set()
-    bad, sums = torch.zeros((), device=device), torch.zeros(4, device=device)
-    sums = sums if device.type == "mps" else sums.double()
-
-    flags = vars(args) | {"micro_batch": micro, "training images": len(train), "classes": classes}
     if saved:
-        if not {"flags", "classes", "ema", "optimizer", "step", "sums"} <= saved.keys() or (
-                saved["optimizer"] is None):
-            raise InputError(f"{path} is no save to go on from: choose another --output, or start "
-                             "from it with --finetune.")
-        before = saved["flags"] | {"classes": saved["classes"]}
-        changed = [f for f in flags if f not in FREE_FLAGS and flags[f] != before.get(f)]
-        if changed:
-            raise InputError(f"{path} is of a run with other {', '.join(changed)}: give the same "
-                             "again, or another --output.")
         model.load_state_dict(saved["model"])
         if ema:
             ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:   # empty when it was not fp16 before
             scaler.load_state_dict(saved["scaler"])
-        step, best, log = saved["step"], saved["best"], saved["log"]
         broken.update(saved["unreadable"])
         sums += torch.tensor(saved["sums"], dtype=sums.dtype).to(device) * (env.rank == 0)
-        say(f"resumed        {path}, {step} of {total_steps} steps done")
-        if env.rank == 0:
-            write_log(log_path, log)
-            if path == prev_path and os.path.exists(last_path):
-                os.remove(last_path)   # damaged: it must not become the next last.prev.pt
-        if len(log) == args.epochs:
-            say(f"finished       nothing left to do, best top-1 {best:.2f} %")
-            return log
-
     weights = hash(tuple(p.detach().cpu().double().sum().item() for p in model.parameters()))
     if any(env.agree(x) != -env.agree(-x) for x in (step, weights)):
         raise InputError(f"the processes do not start alike: {output} must be on a disk that all "
                          "of them share, and --finetune the same file.")
+    if saved and path == prev_path and env.rank == 0 and os.path.exists(last_path):
+        os.remove(last_path)   # damaged: it must not become the next last.prev.pt
 
     def stop_if_not_finite(loss):
         """Gradients that are not finite: fp16's scaler skips such steps, but not for ever."""
@@ -915,7 +957,7 @@ def run(args, env, signals):
 
     teacher = create_teacher(args, classes, size, env) if mode != "none" else None
     if teacher:
-        try_teacher(args, teacher, val, size, env)
+        try_teacher(args, teacher, val_loader, size, env)
     decayed, exempt = ([p.numel() for p in group["params"]] for group in groups)
     say(f"model          {args.model}, {sum(decayed) + sum(exempt):,} parameters, {size} px\n"
         f"data           {len(train)} training and {len(val)} validation images of {K} classes\n"
@@ -931,11 +973,6 @@ def run(args, env, signals):
     if env.rank == 0:
         os.makedirs(output, exist_ok=True)
 
-    dataset = TrainViews(train, size, args.seed, args.randaugment, args.erasing)
-    sampler = TrainSampler(len(train), batch, micro, args.repeats, args.seed, env.rank, world,
-                           step, total_steps)
-    batches = iter(make_loader(dataset, sampler, env.workers, device))
-    val_loader = eval_loader(val, size, micro, np.arange(len(val)), env)
     mine = range(env.rank, batch // micro, world)   # the k's of this process
     one, live = torch.ones((), device=device), sys.stdout.isatty()
     waited, first_step, run_start = 0.0, step, time.perf_counter()
@@ -1019,7 +1056,7 @@ def run(args, env, signals):
         models = {"model": model} | ({"ema": ema} if ema else {})
         for each in models.values():
             average_buffers(each, world)
-        scores, bad_val = evaluate(models, val_loader, len(val), env)
+        scores, bad_val = evaluate(models, val_loader, np.arange(len(val)), size, micro, env)
         total, same, micro_batches, skipped = all_sum(sums.clone()).tolist()
         broken = gather_union(broken, world)
         lr = lr_at(step - 1, peak, args.min_lr, warmup_steps, total_steps)
@@ -1065,20 +1102,21 @@ def run(args, env, signals):
 def run_benchmark(args, env):
     """--benchmark: times loader, teacher, student and the whole step; prints a table and, as the
     last line, a JSON object. Rates are views a second over all processes. Nothing is saved."""
-    mode, micro, train, _ = prepare(args, env)
-    model = create_student(args, len(train.classes)).to(env.device)
-    size, device, batch = model.config["img_size"], env.device, args.batch_size
+    mode, micro, size, train, _ = prepare(args, env)
+    device, batch = env.device, args.batch_size
+    sampler = TrainSampler(max(batch, len(train)), batch, micro, args.repeats, args.seed, env.rank,
+                           env.world, 0, 10**9)
+    items = ((e, s, k, images % len(train), views) for e, s, k, images, views in sampler)
+    dataset = TrainViews(train, size, args.seed, args.randaugment, args.erasing)
+    _, batches = start_workers(dataset, items, env)
+    env.join()
+    model = create_student(args, size, len(train.classes)).to(device)
     net = wrap(model, args, env)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=1e-6,
                                   fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=env.amp == torch.float16)
     teacher = create_teacher(args, train.classes, size, env) if mode != "none" else None
     views_a_run = args.epochs * max(1, len(train) // batch) * batch
-    sampler = TrainSampler(max(batch, len(train)), batch, micro, args.repeats, args.seed, env.rank,
-                           env.world, 0, 10**9)
-    items = ((e, s, k, images % len(train), views) for e, s, k, images, views in sampler)
-    dataset = TrainViews(train, size, args.seed, args.randaugment, args.erasing)
-    batches = iter(make_loader(dataset, items, env.workers, device))
 
     def load():
         return next(batches)
@@ -1234,9 +1272,27 @@ def demo(seed):
           f"{last['distilled']['dist']:19.1f}{last['distilled']['both']:7.1f}")
 
 
+def in_a_sentence(error, args, env):
+    """What a user's mistake or a full machine raised, as one sentence; None for anything else."""
+    message = str(error).strip()
+    if isinstance(error, InputError):
+        return message.split("InputError: ")[-1]   # of a worker's traceback, the end
+    if isinstance(error, torch.OutOfMemoryError):
+        share = args.batch_size // env.world
+        micro = args.micro_batch or min(128, share)
+        smaller = max((m for m in range(1, micro) if share % m == 0), default=1)
+        return f"the device's memory is full: try --micro-batch {smaller} (the batch stays)."
+    if isinstance(error, OSError):   # the system's word is clear enough: what, and which file
+        return f"{message}."
+    if re.search("killed by signal|exited unexpectedly|shared memory", message):
+        return (f"a loader worker died ({message.splitlines()[0]}): lower --workers or free "
+                "memory (in a container, raise --shm-size), then --resume from the last save.")
+    return None
+
+
 def main(argv=None):
     """The program. A user's mistake raises SystemExit with one sentence."""
-    env = None
+    args = env = None
     try:
         args = parse(argv)
         if vars(args) == vars(parse(["--seed", str(args.seed)])) and "RANK" not in os.environ:
@@ -1245,26 +1301,18 @@ def main(argv=None):
             raise InputError("--data is missing: give a folder that holds train/<class>/<image> "
                              "and val/<class>/<image>, or nothing (but --seed) for the demo.")
         env = Environment(args.device, args.amp, args.workers)
-        with process_group(env):
-            if args.eval or args.benchmark:
-                return (run_eval if args.eval else run_benchmark)(args, env)
-            with caught_signals() as signals:
-                return run(args, env, signals)
-    except InputError as e:
-        sentence = str(e).strip().split("InputError: ")[-1]   # of a worker's traceback, the end
-    except torch.OutOfMemoryError:
-        share = args.batch_size // env.world
-        micro = args.micro_batch or min(128, share)
-        smaller = max((m for m in range(1, micro) if share % m == 0), default=1)
-        sentence = f"the device's memory is full: try --micro-batch {smaller} (the batch stays)."
-    except OSError as e:   # the system's word is clear enough: what, and which file
-        sentence = f"{e}."
-    except RuntimeError as e:
-        if not re.search("killed by signal|exited unexpectedly|shared memory", str(e)):
+        if args.eval or args.benchmark:
+            return (run_eval if args.eval else run_benchmark)(args, env)
+        with caught_signals() as signals:
+            return run(args, env, signals)
+    except (InputError, OSError, RuntimeError) as e:
+        sentence = in_a_sentence(e, args, env)
+        if sentence is None:
             raise
-        sentence = (f"a loader worker died ({str(e).splitlines()[0]}): lower --workers or free "
-                    "memory (in a container, raise --shm-size), then --resume from the last save.")
-    gc.collect()   # the failed run's loaders, so that their workers end
+        e.__traceback__ = None   # it keeps the loaders, whose workers end when they are dropped
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     if env and env.local_rank:   # what all meet, the first one says; torchrun then ends this one
         time.sleep(3)
         sentence = f"process {env.rank}: {sentence}"
