@@ -27,6 +27,7 @@ Contents: the network, the eight published variants, weights, the teacher, the l
 line: `python deit.py` prints the table and the walk, and `python deit.py photo.jpg --weights W`
 classifies. Importing needs torch alone, so that this file can be copied into other projects.
 """
+import contextlib
 import copy
 import hashlib
 import http.client
@@ -69,7 +70,7 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(q k^T / sqrt(d)) v, for each head, then a projection."""
 
-    # True: PyTorch's fused kernel. False: the formula in three lines, equal to rounding. None: the
+    # True: PyTorch's fused kernel. False: the formula as it stands, equal to rounding. None: the
     # faster one: the kernel, but not for bfloat16 on a CPU (3.6 times slower there, torch 2.15).
     fused = None
 
@@ -79,8 +80,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x, n=None):
-        """x (B, N, D) -> (B, n, D): the first n tokens ask (None: all of them), all N answer."""
+    def split(self, x, n=None):
+        """x (B, N, D) -> queries (B, h, n, d) of the first n tokens, keys and values (B, h, N, d)
+        of all N."""
         B, N, D = x.shape
         h, d = self.num_heads, D // self.num_heads
         if n is None:
@@ -89,14 +91,20 @@ class Attention(nn.Module):
             (w_q, w_kv), (b_q, b_kv) = (p.split([D, 2 * D]) for p in self.qkv.parameters())
             q = F.linear(x[:, :n], w_q, b_q).view(B, n, h, d)                  # (B, n, h, d)
             k, v = F.linear(x, w_kv, b_kv).view(B, N, 2, h, d).unbind(2)       # (B, N, h, d) each
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                       # (B, h, ., d) each
+        return [t.transpose(1, 2) for t in (q, k, v)]                          # (B, h, ., d) each
+
+    def weights(self, q, k):
+        """How much of each token (columns) each query takes in: (B, h, n, N), rows sum to 1."""
+        return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
+    def forward(self, x, n=None):
+        """x (B, N, D) -> (B, n, D): the first n tokens ask (None: all of them), all N answer."""
+        q, k, v = self.split(x, n)
         slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
         if self.fused or self.fused is None and not slow:
             x = F.scaled_dot_product_attention(q, k, v)                        # (B, h, n, d)
         else:
-            scores = q @ k.transpose(-2, -1) / math.sqrt(d)                    # (B, h, n, N)
-            weights = scores.softmax(dim=-1)                                   # each row sums to 1
-            x = weights @ v                                                    # (B, h, n, d)
+            x = self.weights(q, k) @ v                                         # (B, h, n, d)
         return self.proj(x.transpose(1, 2).flatten(2))                         # (B, n, D)
 
 
@@ -198,6 +206,18 @@ class DeiT(nn.Module):
         cls_logits = self.head(x[:, 0])                           # (B, K)
         return cls_logits, self.head_dist(x[:, 1]) if self.num_tokens == 2 else cls_logits
 
+    @torch.no_grad()
+    def attention(self, images):
+        """(B, 3, S, S) -> attention weights of all blocks, (depth, B, h, N, N); rows sum to 1. Row
+        0 is what the class token looks at, row 1 the distillation token's; columns T on are the
+        patches, G to a line. In training mode drop path is at work, so call eval() before."""
+        x, weights = self.embed(images), []
+        for block in self.blocks:
+            q, k, _ = block.attn.split(block.norm1(x))
+            weights.append(block.attn.weights(q, k))              # (B, h, N, N)
+            x = block(x)
+        return torch.stack(weights)
+
     def forward(self, images):
         """(B, 3, S, S) -> logits (B, K), of a distilled model the mean of both heads' (the released
         code's choice; the paper's section 5.1 adds the softmaxes). A distilled model in training
@@ -253,6 +273,18 @@ def create_model(name, *, pretrained=False, **overrides):
 # Weights: from a file, a URL, a published name or a state dict; nothing that is loaded can run code
 # ------------------------------------------------------------------------------------------------
 
+def published(name):
+    """The URL of the ImageNet weights released under a model's name, a DeiT's or one of
+    torchvision's (its best); None if there are none."""
+    if name in VARIANTS:
+        return f"{RELEASES}{name}-{VARIANTS[name][-1]}.pth"
+    urls = {}
+    if re.fullmatch(r"\w+", name):
+        with contextlib.suppress(InputError):
+            urls = torchvision_urls(name)
+    return [None, *urls.values()][-1]
+
+
 def fetch(url, hashed=False):
     """Downloads into torch.hub's cache unless it is there; returns the path. hashed: the file name
     ends in the start of its SHA-256 (-1234abcd.pth), which must match, also when it was there."""
@@ -275,20 +307,24 @@ def fetch(url, hashed=False):
 
 
 def read_checkpoint(source, hashed=False):
-    """A checkpoint's dict, with its state dict under "model", from a path, URL or published name.
+    """A checkpoint's dict, with its state dict under "model", from a path, URL or published name
+    (a DeiT's, or one of torchvision's classifiers).
 
     Reads what the official code, timm (a bare state dict) and train.py write. Raises InputError
     when there is no such file, or when it is broken or holds anything but plain values and tensors.
     """
     source = path = os.fspath(source)
+    named = {}   # how a torchvision file, which does not say so itself, is to be built
     is_url = re.match(r"(https?|file)://", source)
-    if source in VARIANTS:
-        path = fetch(f"{RELEASES}{source}-{VARIANTS[source][-1]}.pth", hashed=True)
-    elif is_url:
+    if is_url:
         path = fetch(source, hashed)
     elif not os.path.isfile(source):
-        raise InputError(f"'{source}' is neither a file nor a URL nor a published name "
-                         f"({', '.join(VARIANTS)}).")
+        url = published(source)
+        if url is None:
+            raise InputError(f"'{source}' is neither a file nor a URL nor a published name "
+                             f"({', '.join(VARIANTS)}, or one of torchvision's classifiers).")
+        path = fetch(url, hashed=True)
+        named = {} if source in VARIANTS else {"config": {"name": source}}
     try:
         if zipfile.is_zipfile(path):   # torch.load checks no CRC and skips what is marked a folder
             with zipfile.ZipFile(path) as archive:
@@ -309,7 +345,7 @@ def read_checkpoint(source, hashed=False):
         raise InputError(f"{path} holds no state dict (names and tensors), neither as a whole nor "
                          "under 'model'.")
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
-    return checkpoint | {"model": state, "source": source}
+    return checkpoint | named | {"model": state, "source": source}
 
 
 def resize_pos_embed(pos_embed, model):
@@ -413,6 +449,15 @@ def torchvision_models():
     return torchvision.models
 
 
+def torchvision_urls(name):
+    """{name of weights: URL} of one of torchvision's classifiers, the best last; {} for others."""
+    models = torchvision_models()
+    if name not in models.list_models(module=models):
+        return {}
+    weights = models.get_model_weights(name)
+    return {w.name: w.url for w in sorted(weights, key=lambda w: w is weights.DEFAULT)}
+
+
 def create_classifier(name=None, num_classes=1000, **overrides):
     """A DeiT (of the given name, or of overrides alone), or a torchvision classifier by its name;
     "regnet_demo" is a very small RegNet for very small images. Random weights, training mode."""
@@ -506,9 +551,7 @@ def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000
         if not isinstance(model, DeiT) or model.config["num_classes"] != num_classes:
             raise InputError(f"the teacher in {weights} is no DeiT of {num_classes} classes.")
         return Teacher(model, model.classes)
-    model, models = create_classifier(name, num_classes).eval(), torchvision_models()
-    urls = {} if name == "regnet_demo" else {
-        key: entry.url for key, entry in models.get_model_weights(name).__members__.items()}
+    model, urls = create_classifier(name, num_classes).eval(), torchvision_urls(name)
     if weights in urls and num_classes != 1000:
         raise InputError(f"the teacher {name} {weights} knows ImageNet's 1000 classes, the data "
                          f"have {num_classes}: train a teacher on them (--model {name}), then give "
@@ -619,30 +662,65 @@ def print_walk(name="deit_tiny_distilled_patch16_224"):
     model(images)
 
 
-def classify(path, weights):
-    """Prints the five likeliest classes of a photo by each head and by both."""
+def class_names(model, count):
+    """The checkpoint's; for 1000 classes without names ImageNet's, if torchvision is there."""
+    names = model.classes
+    if names is None and count == 1000:
+        with contextlib.suppress(InputError):
+            names = torchvision_models().ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    names = names or [f"class {k}" for k in range(count)]
+    return [name.encode(errors="replace").decode() for name in names]
+
+
+def draw_attention(model, view, answers, path):
+    """Writes a picture: the view, and for each special token what it looks at in the last block
+    (mean of the heads; bright: much), with the answers (one string for each token) beneath."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+    T, S = model.num_tokens, 384
+    rows = model.attention(to_tensor(view))[-1, 0].mean(0)[:T, T:]             # (T, G*G)
+    view, G = view.resize((S, S), Image.Resampling.BICUBIC), math.isqrt(rows.shape[1])
+    picture = Image.new("RGB", ((T + 1) * (S + 8) - 8, S + 32), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
+    for i, answer in enumerate(("what the model gets", *answers)):
+        panel = view
+        if i:
+            heat = (rows[i - 1] / rows[i - 1].max()).reshape(G, G).float().numpy()
+            heat = Image.fromarray(heat).resize((S, S), Image.Resampling.BICUBIC)
+            light = 0.15 + 0.85 * np.asarray(heat).clip(0, 1)[..., None]       # (S, S, 1)
+            panel = Image.fromarray((np.asarray(view) * light).astype(np.uint8))
+        picture.paste(panel, (i * (S + 8), 0))
+        draw.text((i * (S + 8) + 4, S + 6), answer, "black", font)
+    picture.save(path)
+
+
+def classify(path, weights, attention=None):
+    """Prints the five likeliest classes of a photo by each head and by both. attention: the path of
+    a picture to be drawn (draw_attention)."""
     from PIL import Image
     model = load_model(weights)
     try:
         with Image.open(path) as image:
-            x = to_tensor(center_view(image, model.config["img_size"]))
+            view = center_view(image, model.config["img_size"])
     except Exception as e:   # Pillow raises OSError, SyntaxError, ValueError and more
         raise InputError(f"{path} cannot be read as an image ({e}).") from e
     with torch.inference_mode():
-        heads = both_heads(model, x)
-    names = model.classes
-    if names is None and heads[0].shape[1] == 1000:
-        try:
-            names = torchvision_models().ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-        except InputError:
-            pass   # numbers will do
+        heads = both_heads(model, to_tensor(view))
+    names, answers = class_names(model, heads[0].shape[1]), []
     for title, logits in zip(("class head", "distillation head", "both"), (*heads, sum(heads) / 2)):
-        print(title)
-        for p, k in zip(*logits[0].softmax(0).topk(min(5, logits.shape[1]))):
-            name = names[k] if names else f"class {k}"
-            print(f"  {100 * p:5.1f} %  {name.encode(errors='replace').decode()}")
+        top = [(100 * p, names[k]) for p, k in zip(*logits[0].softmax(0).topk(min(5, len(names))))]
+        answers.append(f"{title}: {top[0][1]}, {top[0][0]:.0f} %")
+        print(title, *(f"  {p:5.1f} %  {name}" for p, name in top), sep="\n")
         if heads[0] is heads[1]:
             break   # there is only one head
+    if attention:
+        if not isinstance(model, DeiT):
+            raise InputError(f"{weights} is no DeiT: there is no attention to draw.")
+        try:
+            draw_attention(model, view, answers[:model.num_tokens], attention)
+        except (OSError, ValueError) as e:   # ValueError: a suffix that Pillow does not know
+            raise InputError(f"{attention} cannot be written ({e}): take out.png, say.") from e
+        print(f"attention drawn in {attention}")
 
 
 def main(argv=None):
@@ -651,10 +729,13 @@ def main(argv=None):
     parser.add_argument("photo", nargs="?", help="an image file to classify")
     parser.add_argument("--weights", default="deit_tiny_distilled_patch16_224",
                         help="checkpoint of train.py, official or timm file, URL or published name")
+    parser.add_argument("--attention", metavar="OUT.png", help="draw what the tokens look at")
     args = parser.parse_args(argv)
     try:
         if args.photo:
-            return classify(args.photo, args.weights)
+            return classify(args.photo, args.weights, args.attention)
+        if args.attention:
+            raise InputError("--attention needs a photo: give its path first.")
     except InputError as e:
         raise SystemExit(f"deit.py: {e}") from None
     print(f"{'name':34s}{'D':>5s}{'heads':>7s}{'S':>5s}{'parameters':>12s}{'published top-1':>17s}")

@@ -6,6 +6,7 @@ models, values worked by hand, two processes against one. Letters as in deit.py.
 """
 import atexit
 import contextlib
+import copy
 import functools
 import hashlib
 import http.server
@@ -139,6 +140,93 @@ def test_attention_is_pytorchs_multihead_attention():
         with patched(deit.Attention, "fused", fused):
             close(ours(x), expected)
             close(ours(x, 2), expected[:, :2])
+
+
+def test_attention_maps_are_pytorchs_weights_of_every_block():
+    torch.manual_seed(0)
+    model = trained_looking(deit.create_model(TI, **SMALL)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    maps = model.attention(images)
+    assert maps.shape == (3, 2, 2, 18, 18) and not maps.requires_grad
+    x = model.embed(images)
+    for block, got in zip(model.blocks, maps, strict=True):
+        theirs = torch.nn.MultiheadAttention(32, 2, batch_first=True)
+        theirs.load_state_dict({
+            "in_proj_weight": block.attn.qkv.weight, "in_proj_bias": block.attn.qkv.bias,
+            "out_proj.weight": block.attn.proj.weight, "out_proj.bias": block.attn.proj.bias})
+        y = block.norm1(x)
+        close(got, theirs(y, y, y, average_attn_weights=False)[1])
+        x = block(x)
+
+
+def test_the_picture_of_attention_is_bright_where_the_tokens_look():
+    with temporary() as folder:
+        torch.manual_seed(0)
+        model = deit.create_model(TI, **SMALL | {"depth": 1}).eval()
+        path, photo, out = (os.path.join(folder, n) for n in ("m.pt", "photo.png", "out.png"))
+        torch.save({"model": model.state_dict(), "config": {"name": TI, **model.config},
+                    "classes": list("abcdefg")}, path)
+        Image.new("RGB", (32, 32), (200, 200, 200)).save(photo)
+        rows = torch.full((1, 1, 2, 18, 18), 0.01)
+        rows[..., 0, 2 + 5] = rows[..., 1, 2 + 10] = 0.5   # patch (1, 1); patch (2, 2)
+        with patched(deit.DeiT, "attention", lambda self, images: rows):
+            _, said = quiet(deit.main, [photo, "--weights", path, "--attention", out])
+        assert "distillation head" in said and "out.png" in said
+        pixels = np.asarray(Image.open(out).convert("L")).astype(int)
+        assert pixels.shape == (384 + 32, 3 * 384 + 16)
+        assert (pixels[:384, :384] == 200).all(), "the view itself"
+        for panel, patch in ((1, 1), (2, 2)):
+            part = pixels[:384, panel * 392:panel * 392 + 384]
+            y, x = np.unravel_index(part.argmax(), part.shape)
+            assert (y // 96, x // 96) == (patch, patch)
+        assert (pixels[384:] < 128).any(), "the answers are beneath"
+        for bad, phrase in (("out.xyz", "cannot be written"), ("no/out.png", "cannot be written")):
+            with raises(phrase, SystemExit):
+                quiet(deit.main, [photo, "--weights", path, "--attention",
+                                  os.path.join(folder, bad)])
+        with raises("needs a photo", SystemExit):
+            deit.main(["--attention", out])
+
+
+def test_the_network_compiles_exports_and_runs_in_any_type():
+    torch.manual_seed(0)
+    model, images = deit.create_model(TI, **SMALL).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)   # no break in the graph
+        close(compiled(images), expected)
+        close(torch.export.export(model, (images,)).module()(images), expected)
+        for cast in (torch.bfloat16, torch.float16):
+            got = copy.deepcopy(model).to(cast)(images.to(cast))
+            assert got.dtype == cast
+            close(got.float(), expected, 0.05)
+        with torch.autocast("cpu", torch.bfloat16):
+            close(model(images).float(), expected, 0.05)
+    meta = copy.deepcopy(model).to("meta")
+    assert meta(images.to("meta")).shape == (2, 7) and meta(images.to("meta")).is_meta
+
+
+def test_deit_alone_needs_torch_alone():
+    code = """
+import sys
+sys.modules.update(torchvision=None, numpy=None, PIL=None)   # importing them fails
+import torch, deit
+model = deit.create_model("deit_tiny_distilled_patch16_224", img_size=32, num_classes=4)
+for mode in ("hard", "soft"):
+    cls_logits, dist_logits = model(torch.randn(2, 3, 32, 32))
+    loss = deit.distillation_loss(cls_logits, dist_logits, torch.tensor([1, 2]),
+                                  torch.randn(2, 4), mode)
+    loss.backward()
+torch.optim.AdamW(model.parameters()).step()
+print(deit.__file__, len(model.eval()(torch.randn(2, 3, 32, 32))))
+"""
+    with temporary() as folder:
+        with open(os.path.join(HERE, "deit.py"), "rb") as f, \
+                open(os.path.join(folder, "deit.py"), "wb") as copied:
+            copied.write(f.read())
+        out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=folder, text=True,
+                             capture_output=True)
+        assert out.stdout.split() == [os.path.join(os.path.realpath(folder), "deit.py"), "2"], out
 
 
 def test_block_is_pytorchs_encoder_layer():
@@ -408,6 +496,41 @@ def test_published_weights_are_downloaded_once_and_hash_checked():
                 deit.read_checkpoint(url + "nothing-12345678.pth")
         finally:
             torch.hub.set_dir(old_hub)
+
+
+def test_torchvisions_published_weights_start_a_model_with_new_heads():
+    torch.manual_seed(0)
+    model = trained_looking(deit.create_classifier("regnet_demo", 1000))
+    with temporary() as folder, temporary() as cache, serve(folder) as url:
+        path = os.path.join(folder, "w")
+        torch.save(model.state_dict(), path)
+        with open(path, "rb") as f:
+            name = f"demo-{hashlib.sha256(f.read()).hexdigest()[:8]}.pth"
+        os.rename(path, os.path.join(folder, name))
+        old_hub = torch.hub.get_dir()
+        torch.hub.set_dir(cache)
+        try:
+            with patched(deit, "torchvision_urls", lambda name: {"OLD": "no", "NEW": url + name_}
+                         if name == "regnet_demo" else {}):
+                name_ = name
+                same_ = deit.load_model("regnet_demo")
+                images = torch.randn(2, 3, 32, 32)
+                close(same_(images), model.eval()(images))
+                _, said = quiet(train.main, [
+                    "--data", shared_images(), "--model", "regnet_demo", "--pretrained", "--epochs",
+                    "2", "--warmup-epochs", "1", "--batch-size", "12", "--lr", "2e-3", "--img-size",
+                    "32", "--workers", "0", "--output", os.path.join(folder, "o")])
+                assert "1000 classes, not 3: it starts anew" in said
+                with raises("leave out one", SystemExit):
+                    run("--pretrained", "--finetune", path)
+        finally:
+            torch.hub.set_dir(old_hub)
+        last = deit.read_checkpoint(os.path.join(folder, "o", "best.pt"))["model"]["stem.0.weight"]
+        assert (last - model.state_dict()["stem.0.weight"]).abs().max() < 0.1
+    urls = deit.torchvision_urls("regnet_y_400mf")
+    assert list(urls) == ["IMAGENET1K_V1", "IMAGENET1K_V2"]
+    assert deit.published("regnet_y_400mf") == urls["IMAGENET1K_V2"]
+    assert deit.published("no_such_thing") is None and deit.published("a/b.pt") is None
 
 
 def test_a_broken_download_is_never_used_and_urls_do_not_mix():
@@ -911,6 +1034,30 @@ def test_folder_is_sorted_as_text_and_ignores_what_is_no_image():
         assert images.path(5) == odd and images.open(5).mode == "RGB"
 
 
+def test_a_part_for_validation_is_chosen_by_name_and_stays_when_images_come():
+    with temporary() as folder:
+        draw_images(folder, 60, 1)
+        root = os.path.join(folder, "train")
+
+        def chosen(a, b):
+            images = train.ImageFolder(root, None, (a, b))
+            return {images.path(i) for i in range(len(images))}
+
+        val, rest = chosen(0, 0.3), chosen(0.3, 1)
+        assert len(val | rest) == 180 and not val & rest and 30 <= len(val) <= 80
+        for n in range(60, 80):
+            os.link(os.path.join(root, "2", "0.JPEG"), os.path.join(root, "2", f"{n}.JPEG"))
+        assert chosen(0, 0.3) >= val and chosen(0.3, 1) >= rest
+        argv = [*BASE_FLAGS, "--epochs", "2", "--val-fraction", "0.3", "--data"]
+        log, said = quiet(train.main, [*argv, root, "--output", os.path.join(folder, "o")])
+        assert log[-1]["val_images"] == len(chosen(0, 0.3))
+        assert f"{len(chosen(0.3, 1))} training" in said
+        with raises("leave out --val-fraction", SystemExit):
+            quiet(train.main, [*argv, folder, "--output", os.path.join(folder, "p")])
+        with raises("among those that --val-fraction", SystemExit):
+            quiet(train.main, [*argv, root, "--val-fraction", "1e-9"])
+
+
 def test_a_broken_training_image_is_replaced_and_a_broken_validation_image_is_wrong():
     with temporary() as folder:
         draw_images(folder, 4, 2)
@@ -1108,6 +1255,53 @@ def test_checkpoint_has_one_schema_and_serves_every_reader():
         log, said = run("--epochs", "2", "--output", os.path.join(folder, "f"), "--finetune", path,
                         "--img-size", "64")
         assert len(log) == 2
+
+
+def test_the_live_line_stays_one_line_in_a_terminal_and_is_a_line_in_a_file():
+    flags = ["--data", shared_images(), *BASE_FLAGS, "--epochs", "2", "--log-every", "1"]
+    for is_terminal in (True, False):
+        with temporary() as folder:
+            out = io.StringIO()
+            out.isatty = lambda answer=is_terminal: answer
+            with contextlib.redirect_stdout(out):
+                train.main([*flags, "--output", folder])
+            said = out.getvalue()
+            steps, epochs = said.count("img/s  waiting"), said.count("top-1 % of")
+            assert epochs == 2 and steps == (6 if is_terminal else 4), said
+            assert said.count("\r") == said.count("left \r") == (6 if is_terminal else 0)
+            assert "left \r\x1b[Kepoch   1" in said or not is_terminal
+
+
+def test_workers_that_are_spawned_do_the_same():
+    """As on Windows and macOS, where a worker starts empty and is sent the list of images."""
+    flags = ["--epochs", "1", "--warmup-epochs", "0.5", "--workers"]
+    with temporary() as folder:
+        log, _ = run(*flags, "0", "--output", os.path.join(folder, "a"))
+        argv = ["--data", shared_images(), *BASE_FLAGS, *flags, "1", "--output",
+                os.path.join(folder, "b")]
+        path = os.path.join(folder, "spawned.py")
+        with open(path, "w") as f:
+            f.write(f"import sys, multiprocessing\nsys.path.insert(0, {HERE!r})\nimport train\n"
+                    "if __name__ == '__main__':\n    multiprocessing.set_start_method('spawn')\n"
+                    f"    train.main({argv!r})\n")
+        subprocess.run([sys.executable, path], check=True, capture_output=True)
+        assert result(os.path.join(folder, "b"))[-1] == [
+            {k: v for k, v in r.items() if k not in TIMINGS} for r in log]
+
+
+def test_tensorboard_is_asked_for_in_a_sentence_or_written():
+    with temporary() as folder:
+        flags = ["--epochs", "2", "--tensorboard", "--output", folder]
+        written, module = [], types.ModuleType("torch.utils.tensorboard")
+        module.SummaryWriter = lambda output, purge_step: types.SimpleNamespace(
+            add_scalar=lambda *item: written.append((output, purge_step, *item)), flush=int)
+        with patched(sys, "modules", sys.modules | {"torch.utils.tensorboard": None}):
+            with raises("pip install tensorboard", SystemExit):
+                run(*flags)
+        with patched(sys, "modules", sys.modules | {"torch.utils.tensorboard": module}):
+            log, _ = run(*flags)
+        assert (folder, 1, "both", log[1]["both"], 2) in written
+        assert len(written) == sum(map(len, log))
 
 
 def test_every_row_of_table_3_can_be_trained_and_a_teacher_too():

@@ -483,7 +483,7 @@ def read_last(paths, say):
 
 # These flags may differ when a run is resumed, for they do not change its result.
 FREE_FLAGS = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
-              "save_minutes", "compile"}
+              "save_minutes", "compile", "tensorboard"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -516,6 +516,7 @@ def parse(argv):
     add("--drop-path", "stochastic depth of the last block, rising from 0 at the first [0.1]",
         type=float, metavar="X")
     add("--finetune", "first weights: a file, URL or published name [random]", metavar="SOURCE")
+    add("--pretrained", "short for --finetune with the model's own name", action="store_true")
 
     add = group("distillation")
     add("--distillation", "[hard for a distilled model, none for others]",
@@ -553,6 +554,7 @@ def parse(argv):
     add("--save-minutes", "between saves inside an epoch", 15.0, float, metavar="N")
     add("--eval", "only evaluate a file, URL or published name [off]", metavar="SOURCE")
     add("--benchmark", "only time the stages of a run with these flags", action="store_true")
+    add("--tensorboard", "write the epochs' records for it into OUTPUT too", action="store_true")
     add("--amp", "mixed precision; auto is bf16 where the hardware has it", "auto",
         choices=["auto", "bf16", "fp16", "off"])
     add("--compile", "torch.compile the model", action="store_true")
@@ -583,6 +585,8 @@ def check(args):
             value = getattr(args, name)
             if value is not None and not holds(value):
                 raise InputError(f"--{name.replace('_', '-')} is {value}: {what}.")
+    if args.pretrained and args.finetune:
+        raise InputError(f"--pretrained means --finetune {args.model}: leave out one of the two.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -627,9 +631,10 @@ class Environment:
     def autocast(self):
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
-    def say(self, *words, **how):
+    def say(self, text, end="\n"):
+        """Prints, in the first process only; in a terminal it clears what a longer line left."""
         if self.rank == 0:
-            print(*words, flush=True, **how)
+            print(("\x1b[K" if sys.stdout.isatty() else "") + text, end=end, flush=True)
 
     def join(self):
         """torchrun's processes become one group; alone, nothing."""
@@ -839,13 +844,22 @@ def prepare(args, env):
     return mode, micro, size, train, val
 
 
+def tensorboard(output, epoch):
+    """A writer of TensorBoard's, whose curves go on at that epoch."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise InputError(f"--tensorboard: {e}; pip install tensorboard, or leave it out.") from e
+    return SummaryWriter(output, purge_step=epoch)
+
+
 def must_continue(saved, path, flags):
     """Refuses a checkpoint that is not the beginning of a run with these flags."""
     if not {"flags", "classes", "ema", "optimizer", "step", "sums"} <= saved.keys() or (
             saved["optimizer"] is None):
         raise InputError(f"{path} is no save to go on from: choose another --output, or start "
                          "from it with --finetune.")
-    before = saved["flags"] | {"classes": saved["classes"]}
+    before = vars(parse([])) | saved["flags"] | {"classes": saved["classes"]}
     changed = [f for f in flags if f not in FREE_FLAGS and flags[f] != before.get(f)]
     if changed:
         raise InputError(f"{path} is of a run with other {', '.join(changed)}: give the same "
@@ -896,8 +910,9 @@ def run(args, env, signals):
     # Three names: model is raw (saved, evaluated), net compiled and wrapped (trained), ema averaged
     torch.manual_seed(keyed(args.seed, "weights").getrandbits(63))
     model = create_student(args, size, K)
-    if args.finetune and not saved:
-        by_turns(env, lambda: deit.load_weights(model, args.finetune, say=say))
+    first = args.model if args.pretrained else args.finetune
+    if first and not saved:
+        by_turns(env, lambda: deit.load_weights(model, first, say=say))
     model = model.to(device)
     net = wrap(model, args, env)
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
@@ -972,6 +987,7 @@ def run(args, env, signals):
         f"workers, torch {torch.__version__}, output in {output}")
     if env.rank == 0:
         os.makedirs(output, exist_ok=True)
+    board = tensorboard(output, len(log) + 1) if args.tensorboard and env.rank == 0 else None
 
     mine = range(env.rank, batch // micro, world)   # the k's of this process
     one, live = torch.ones((), device=device), sys.stdout.isatty()
@@ -1074,6 +1090,10 @@ def run(args, env, signals):
             "img_per_s": (step - max(first_step, step - epoch_steps)) * batch / seconds,
             "waiting": waited / seconds, "seconds": time.perf_counter() - epoch_start})
         say(epoch_line(log[-1]))
+        if board:
+            for key, value in log[-1].items():
+                board.add_scalar(key, value, len(log))
+            board.flush()
         former, best = best, max(record["both"], best)
         sums.zero_()
         written = save(is_best=best > former)
