@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """DeiT, the data-efficient image transformer (Touvron et al., arXiv 2012.12877), in one file.
 
 A Vision Transformer trained on ImageNet alone, from two sources: the true labels, and the answers
@@ -493,16 +494,41 @@ def both_heads(model, images):
     return logits, logits
 
 
-def fold_batch_norms(model):
-    """Merges each convolution with the batch norm behind it (neighbours in a Sequential) into one
-    convolution, in place: in evaluation mode both are linear, so the function stays the same."""
+class ConvReLU(nn.Module):
+    """A convolution and the ReLU behind it, without gradient; on a CPU in one pass over memory, by
+    oneDNN's kernel, which PyTorch offers as an operator only."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+        has = torch.backends.mkldnn.is_available()
+        also = has and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        self.types = [torch.float32] * has + [torch.bfloat16] * also
+
+    def forward(self, x):
+        c = self.conv
+        if x.device.type != "cpu" or c.weight.dtype not in self.types:
+            return c(x).relu_()
+        return torch.ops.mkldnn._convolution_pointwise(
+            x.to(c.weight.dtype), c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups,
+            "relu", [], "")
+
+
+def fuse(model):
+    """In place, the same function in fewer passes, for a model in evaluation mode: a batch norm
+    behind a convolution (neighbours in a Sequential) is merged into it, for both are linear then,
+    and a ReLU behind that is computed along with it."""
     for parent in model.modules():
         in_order = type(parent).forward is nn.Sequential.forward
-        children = list(parent.named_children()) if in_order else []
-        for (name, conv), (next_name, norm) in zip(children, children[1:]):
-            if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
-                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
-                setattr(parent, next_name, nn.Identity())
+        conv = name = None   # the convolution right before
+        for key, module in list(parent.named_children()) if in_order else ():
+            if type(conv) is nn.Conv2d and type(module) in (nn.BatchNorm2d, nn.ReLU):
+                is_norm = type(module) is nn.BatchNorm2d
+                conv = fuse_conv_bn_eval(conv, module) if is_norm else ConvReLU(conv)
+                setattr(parent, name, conv)
+                setattr(parent, key, nn.Identity())
+            else:
+                conv, name = module, key
 
 
 class Teacher(nn.Module):
@@ -563,13 +589,13 @@ def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000
     if weights is not None:
         checkpoint = read_checkpoint(urls.get(weights, weights), hashed=weights in urls)
         load_weights(model, checkpoint, new_heads=False)
-    folded = copy.deepcopy(model)
-    fold_batch_norms(folded)
+    fused = copy.deepcopy(model)
+    fuse(fused)
     side = getattr(model, "image_size", 224)   # of a torchvision transformer, which takes no other
     probe = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        same = torch.allclose(folded(probe), model(probe), rtol=1e-4, atol=1e-4)
-    return Teacher(folded if same else model, checkpoint.get("classes"))
+        same = torch.allclose(fused(probe), model(probe), rtol=1e-4, atol=1e-4)
+    return Teacher(fused if same else model, checkpoint.get("classes"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -624,7 +650,8 @@ def to_rgb(image):
         image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")   # which would copy it
 
 
 def center_view(image, size):

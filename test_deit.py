@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """What deit.py and train.py promise, one claim per test: `python test_deit.py [part of a name]`.
 
 On the CPU, without network, in about two minutes; pytest collects the functions too. Witnesses from
@@ -202,6 +203,12 @@ def test_the_network_compiles_exports_and_runs_in_any_type():
             close(got.float(), expected, 0.05)
         with torch.autocast("cpu", torch.bfloat16):
             close(model(images).float(), expected, 0.05)
+    teacher = deit.load_teacher("regnet_demo", None, 7)
+    for amp in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            answer = teacher(images)
+            compiled = torch.compile(teacher, backend="eager", fullgraph=True)
+            close(compiled(images).float(), answer.float())
     meta = copy.deepcopy(model).to("meta")
     assert meta(images.to("meta")).shape == (2, 7) and meta(images.to("meta")).is_meta
 
@@ -702,6 +709,7 @@ def test_teacher_is_torchvisions_model_frozen_for_good():
     assert not any(m.training for m in teacher.modules())
     close(teacher(x), before, 0)
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()) == 0   # all folded
+    assert sum(isinstance(m, deit.ConvReLU) for m in teacher.modules()) == 33
     with torch.autocast("cpu", torch.bfloat16):
         half = teacher(x)
         assert (

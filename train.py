@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """Trains DeiT (deit.py) with its recipe: one bare loop for one CPU, one GPU, or many machines.
 
   python train.py                                           the demo: some minutes, nothing needed
@@ -557,7 +558,7 @@ def parse(argv):
     add("--tensorboard", "write the epochs' records for it into OUTPUT too", action="store_true")
     add("--amp", "mixed precision; auto is bf16 where the hardware has it", "auto",
         choices=["auto", "bf16", "fp16", "off"])
-    add("--compile", "torch.compile the model", action="store_true")
+    add("--compile", "torch.compile the model and the teacher", action="store_true")
     add("--workers", "loader processes per training process [its share of cores, at most 16]",
         type=int, metavar="N")
     add("--seed", "of everything drawn", 0, int, metavar="N")
@@ -973,6 +974,8 @@ def run(args, env, signals):
     teacher = create_teacher(args, classes, size, env) if mode != "none" else None
     if teacher:
         try_teacher(args, teacher, val_loader, size, env)
+        if args.compile:
+            teacher.compile()   # only now: its first call made the copy in autocast's type
     decayed, exempt = ([p.numel() for p in group["params"]] for group in groups)
     say(f"model          {args.model}, {sum(decayed) + sum(exempt):,} parameters, {size} px\n"
         f"data           {len(train)} training and {len(val)} validation images of {K} classes\n"
@@ -1163,7 +1166,7 @@ def run_benchmark(args, env):
         images, targets = augment(*load())
         learn(images, targets, teach(images))
 
-    def rate(work, seconds=8, warm_up=2):
+    def rate(work, warm_up=1, seconds=8):
         """Views a second of work(), over all processes."""
         done, start = -warm_up, 0.0
         while env.agree(int(done < 1 or time.perf_counter() - start < seconds)):
@@ -1175,9 +1178,11 @@ def run_benchmark(args, env):
             done += 1
         return all_sum(torch.tensor(done * micro / (time.perf_counter() - start))).item()
 
-    loader = rate(load)
+    loader = rate(load, warm_up=1 + 2 * env.workers)   # what the workers have ready is not counted
     images, targets = augment(*load())
     teacher_logits = teach(images)
+    if teacher and args.compile:
+        teacher.compile()
     result = {"loader_img_per_s": loader,
               "teacher_img_per_s": rate(lambda: teach(images)) if teacher else None,
               "student_img_per_s": rate(lambda: learn(images, targets, teacher_logits)),
