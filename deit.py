@@ -10,6 +10,7 @@ the distillation head the teacher's answer. The teacher appears in the loss, nev
 Letters:  B images    S image side     P patch side       G = S/P patches per side
           D width     N = T + G*G      T special tokens: 2 (class, distillation) or 1 (class)
           K classes   h heads          d = D/h width of one head
+          n <= N the first tokens, where only they are needed: the heads read T of them
 
 The walk, with the shapes of DeiT-Ti (S 224, P 16, D 192, h 3, K 1000):
   images                         (B, 3, S, S)      (B, 3, 224, 224)
@@ -17,12 +18,12 @@ The walk, with the shapes of DeiT-Ti (S 224, P 16, D 192, h 3, K 1000):
   [class, distillation] in front (B, N, D)         (B, 198, 192)    + position embedding
   11 blocks, attention and MLP   (B, N, D)         (B, 198, 192)
   the last block, T tokens only  (B, T, D)         (B, 2, 192)
-  norm, then one head per token  (B, K) and (B, K) (B, 1000) twice; in evaluation: their mean
+  norm, then one head per token  2 x (B, K)        2 x (B, 1000)    evaluation: their mean
 
-  import deit
+  import deit, PIL.Image
   model = deit.create_model("deit_tiny_distilled_patch16_224", pretrained=True).eval()
-  # images: RGB in 0..1, minus IMAGENET_MEAN, divided by IMAGENET_STD (to_tensor does it)
-  logits = model(images)                                    # (B, 3, 224, 224) -> (B, 1000)
+  images = deit.to_tensor(deit.center_view(PIL.Image.open("photo.jpg"), 224))   # (1, 3, 224, 224)
+  logits = model(images)                                                        # (1, 1000)
 
 Contents: the network, the eight published variants, weights, the teacher, the losses, and a command
 line: `python deit.py` prints the table and the walk, and `python deit.py photo.jpg --weights W`
@@ -71,8 +72,8 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(q k^T / sqrt(d)) v, for each head, then a projection."""
 
-    # True: PyTorch's fused kernel. False: the formula as it stands, equal to rounding. None: the
-    # faster one: the kernel, but not for bfloat16 on a CPU (3.6 times slower there, torch 2.15).
+    # True: PyTorch's fused kernel. False: the formula below, equal up to rounding. None: the faster
+    # one, which is the kernel except for bfloat16 on a CPU (there 3.6 times slower, torch 2.15).
     fused = None
 
     def __init__(self, embed_dim, num_heads):
@@ -88,8 +89,9 @@ class Attention(nn.Module):
         h, d = self.num_heads, D // self.num_heads
         if n is None:
             q, k, v = self.qkv(x).view(B, N, 3, h, d).unbind(2)                # (B, N, h, d) each
-        else:   # qkv's rows are those of q, then k and v: the first D give the queries
-            (w_q, w_kv), (b_q, b_kv) = (p.split([D, 2 * D]) for p in self.qkv.parameters())
+        else:   # qkv stacks the maps to q, k and v: its first D rows give the queries
+            w_q, w_kv = self.qkv.weight.split([D, 2 * D])
+            b_q, b_kv = self.qkv.bias.split([D, 2 * D])
             q = F.linear(x[:, :n], w_q, b_q).view(B, n, h, d)                  # (B, n, h, d)
             k, v = F.linear(x, w_kv, b_kv).view(B, N, 2, h, d).unbind(2)       # (B, N, h, d) each
         return [t.transpose(1, 2) for t in (q, k, v)]                          # (B, h, ., d) each
@@ -147,6 +149,14 @@ class Block(nn.Module):
         return self.add(x, self.mlp(self.norm2(x)))
 
 
+def init_linear(module):
+    """Truncated normal of deviation 0.02, zero bias; other modules keep PyTorch's defaults."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class DeiT(nn.Module):
     """The transformer. With distilled=True it has two tokens and two heads, else one of each."""
 
@@ -158,7 +168,7 @@ class DeiT(nn.Module):
                            distilled=distilled, drop_path=drop_path)
         for what in ("img_size", "patch_size", "num_classes", "embed_dim", "depth", "num_heads"):
             if not isinstance(self.config[what], int) or self.config[what] < 1:
-                raise InputError(f"{what} is {self.config[what]!r}: it must be a number from 1 on.")
+                raise InputError(f"{what} is {self.config[what]!r}: it must be an integer above 0.")
         if img_size % patch_size:
             raise InputError(f"img_size {img_size} is not a multiple of patch_size {patch_size}: "
                              f"take {max(1, round(img_size / patch_size)) * patch_size}, say.")
@@ -170,7 +180,7 @@ class DeiT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None
         self.pos_embed = nn.Parameter(torch.zeros(1, N, embed_dim))
-        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]
+        rates = [drop_path * i / max(1, depth - 1) for i in range(depth)]   # rising from 0
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
@@ -192,8 +202,8 @@ class DeiT(nn.Module):
         return torch.cat(x, dim=1) + self.pos_embed               # (B, N, D)
 
     def features(self, images, n=None):
-        """(B, 3, S, S) -> (B, N, D) after the last norm; given n, (B, n, D) of the first n tokens
-        only; of the others the last block then needs just the keys and values."""
+        """(B, 3, S, S) -> (B, N, D) after the last norm; given n, (B, n, D): the first n tokens
+        only, for which the last block needs of the others but their keys and values."""
         x = self.embed(images)                                    # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x)                                          # (B, N, D)
@@ -205,7 +215,8 @@ class DeiT(nn.Module):
         model without distillation token gives its class logits twice."""
         x = self.features(images, self.num_tokens)                # (B, T, D)
         cls_logits = self.head(x[:, 0])                           # (B, K)
-        return cls_logits, self.head_dist(x[:, 1]) if self.num_tokens == 2 else cls_logits
+        dist_logits = self.head_dist(x[:, 1]) if self.num_tokens == 2 else cls_logits
+        return cls_logits, dist_logits                            # (B, K) each
 
     @torch.no_grad()
     def attention(self, images):
@@ -221,20 +232,12 @@ class DeiT(nn.Module):
 
     def forward(self, images):
         """(B, 3, S, S) -> logits (B, K), of a distilled model the mean of both heads' (the released
-        code's choice; the paper's section 5.1 adds the softmaxes). A distilled model in training
+        code's choice; the paper's section 4 adds the softmaxes). A distilled model in training
         returns the pair instead: (class logits, distillation logits), a loss for each."""
         cls_logits, dist_logits = self.heads(images)
         if self.num_tokens == 1:
             return cls_logits
         return (cls_logits, dist_logits) if self.training else (cls_logits + dist_logits) / 2
-
-
-def init_linear(module):
-    """Truncated normal of deviation 0.02, zero bias; other modules keep PyTorch's defaults."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -283,7 +286,7 @@ def published(name):
     if re.fullmatch(r"\w+", name):
         with contextlib.suppress(InputError):
             urls = torchvision_urls(name)
-    return [None, *urls.values()][-1]
+    return list(urls.values())[-1] if urls else None
 
 
 def fetch(url, hashed=False):
@@ -335,8 +338,9 @@ def read_checkpoint(source, hashed=False):
     except Exception as e:   # the readers of damaged files raise nearly anything
         if is_url:
             os.remove(path)   # half a download, perhaps: not to be found again
-        raise InputError(f"{path} is no checkpoint that can be read safely: it is damaged, or "
-                         f"holds more than tensors and values ({type(e).__name__}).") from e
+        raise InputError(f"{path} is no checkpoint that can be read safely: it is damaged, no "
+                         "file of torch.save (.safetensors, say), or holds more than tensors and "
+                         f"values ({type(e).__name__}).") from e
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("model"), dict)):
         checkpoint = {"model": checkpoint}
     state = checkpoint["model"]
@@ -494,6 +498,8 @@ def both_heads(model, images):
     return logits, logits
 
 
+# To make the frozen teacher faster, ConvReLU and fuse: to be skipped on a first reading.
+
 class ConvReLU(nn.Module):
     """A convolution and the ReLU behind it, without gradient; on a CPU in one pass over memory, by
     oneDNN's kernel, which PyTorch offers as an operator only."""
@@ -602,6 +608,7 @@ def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000
 # The losses (paper, section 4), pure functions of logits, in float32 also under autocast.
 #   soft  (1 - alpha) CE(cls, y) + alpha tau^2 KL(softmax(teacher/tau) || softmax(dist/tau))  eq. 2
 #   hard  (1 - alpha) CE(cls, y) + alpha CE(dist, argmax teacher)                             eq. 3
+# where cls and dist are the two heads' logits, y the true label, and alpha the paper's lambda.
 # ------------------------------------------------------------------------------------------------
 
 def hard_distillation_loss(dist_logits, teacher_logits):
@@ -624,7 +631,7 @@ def distillation_loss(cls_logits, dist_logits, targets, teacher_logits, mode="ha
 
     Logits are (B, K); targets are class indices (B,) or probabilities (B, K). mode: "hard", "soft",
     or "none" (cross-entropy alone; teacher_logits may be None). alpha None means 0.5 for hard, 0.1
-    for soft (paper, section 5). A student without distillation token passes its class logits twice.
+    for soft (paper, section 6). A student without distillation token passes its class logits twice.
     """
     if mode not in ("hard", "soft", "none"):
         raise InputError(f"distillation mode '{mode}' is none of hard, soft, none.")

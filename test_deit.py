@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What deit.py and train.py promise, one claim per test: `python test_deit.py [part of a name]`.
 
-On the CPU, without network, in about two minutes; pytest collects the functions too. Witnesses from
+On the CPU, without network, in a minute or two; pytest collects the functions too. Witnesses from
 outside where there are any: PyTorch's own attention and encoder layer, torchvision's transforms and
 models, values worked by hand, two processes against one. Letters as in deit.py.
 """
@@ -1427,7 +1427,7 @@ def test_bad_input_gets_one_sentence():
         (["--batch-size", "12", "--micro-batch", "5"], "take 10"),
         (["--img-size", "30"], "not a multiple of patch_size 8"),
         (["--num-heads", "5"], "num_heads 5"),
-        (["--lr", "1e-5"], "not above --min-lr"),
+        (["--lr", "1e-5"], "below --min-lr"),
         (["--model", "vit_b_32", "--distillation", "none"], "is for DeiT"),
         (["--teacher", "vit_b_32"], "vit_b_32 takes no images of 32 px"),
         (["--epochs", "-1"], "--epochs is -1"),

@@ -5,7 +5,7 @@
   python train.py --data DIR --model regnet_y_400mf         a teacher for your own classes
   python train.py --data DIR --teacher regnet_y_400mf --teacher-weights runs/regnet_y_400mf/best.pt
   torchrun --nproc_per_node=8 train.py --data /imagenet     DeiT-S from regnet_y_16gf, the recipe
-  python train.py --data DIR --output runs/NAME --resume    goes on where it was stopped
+  python train.py <the same flags> --resume                 goes on where it was stopped
   python train.py --data DIR --eval runs/NAME/best.pt       validation accuracy by each head
   python train.py --data DIR --benchmark                    what limits a run, and its hours
 
@@ -14,7 +14,8 @@ things: schedule, augmentation, data, evaluation, saving, flags, the training ru
 
 Randomness is keyed, not stored: whatever is drawn comes from a generator made of (seed, epoch,
 image, view) in a loader worker, or of (seed, step, k) on the device, k being the micro-batch's
-place in the batch. So neither the number of processes or workers nor an interruption changes a run.
+place in the batch. So, for a given --micro-batch, neither the number of processes or workers nor an
+interruption changes a run.
 """
 import argparse
 import contextlib
@@ -56,7 +57,8 @@ def lr_at(step, peak, min_lr, warmup_steps, total_steps, start=1e-6):
 
 
 def ema_decay_at(step, decay):
-    """The average's decay: short memory first, so that short runs leave their random start too."""
+    """The average's decay rises from 0.1: at first it forgets quickly, so that even a short run
+    leaves its random start behind."""
     return min(decay, (1 + step) / (10 + step))
 
 
@@ -516,11 +518,12 @@ def parse(argv):
     add("--num-heads", "attention heads [the model's]", type=int, metavar="h")
     add("--drop-path", "stochastic depth of the last block, rising from 0 at the first [0.1]",
         type=float, metavar="X")
-    add("--finetune", "first weights: a file, URL or published name [random]", metavar="SOURCE")
+    add("--finetune", "initial weights: a file, URL or published name [random]", metavar="SOURCE")
     add("--pretrained", "short for --finetune with the model's own name", action="store_true")
 
     add = group("distillation")
-    add("--distillation", "[hard for a distilled model, none for others]",
+    add("--distillation", "what is learned from the teacher: its choice (hard), its probabilities "
+        "(soft), nothing [hard for a distilled model, none for others]",
         choices=["hard", "soft", "none"])
     add("--teacher", "a torchvision classifier or a DeiT", "regnet_y_16gf", metavar="NAME")
     add("--teacher-weights", "torchvision's name, a file, or none for random ones", "IMAGENET1K_V2",
@@ -529,7 +532,7 @@ def parse(argv):
     add("--tau", "temperature of soft distillation", 3.0, float, metavar="X")
 
     add = group("optimisation")
-    add("--epochs", "passes over the data, in views", 300, int, metavar="N")
+    add("--epochs", "each of as many views as there are training images", 300, int, metavar="N")
     add("--batch-size", "views per optimizer step, over all processes", 1024, int, metavar="N")
     add("--micro-batch", "views in one forward pass, which are mixed together [128, or batch / "
         "processes if that is less]", type=int, metavar="N")
@@ -539,8 +542,7 @@ def parse(argv):
     add("--weight-decay", "of AdamW", 0.05, float, metavar="X")
     add("--smoothing", "of the true labels", 0.1, float, metavar="X")
     add("--clip-grad", "largest gradient norm, 0: off", 0.0, float, metavar="X")
-    add("--ema-decay", "of averaged weights, which are only reported, 0: off", 0.99996, float,
-        metavar="X")
+    add("--ema-decay", "of averaged weights, kept in last.pt, 0: off", 0.99996, float, metavar="X")
 
     add = group("augmentation")
     add("--repeats", "views of an image in an epoch's batches", 3, int, metavar="N")
@@ -559,8 +561,8 @@ def parse(argv):
     add("--amp", "mixed precision; auto is bf16 where the hardware has it", "auto",
         choices=["auto", "bf16", "fp16", "off"])
     add("--compile", "torch.compile the model and the teacher", action="store_true")
-    add("--workers", "loader processes per training process [its share of cores, at most 16]",
-        type=int, metavar="N")
+    add("--workers", "loader processes per training process; as many again wait for validation "
+        "[its share of cores, at most 16]", type=int, metavar="N")
     add("--seed", "of everything drawn", 0, int, metavar="N")
     add("--device", "cuda, mps or cpu [the best there is]", metavar="D")
     add("--log-every", "steps between live lines", 50, int, metavar="N")
@@ -761,7 +763,8 @@ def update_ema(ema, model, decay):
 
 
 def average_buffers(model, world):
-    """Each process gathers its own batch statistics (convnets' only; DeiT has none): their mean."""
+    """In place, the mean over the processes of the batch statistics, which each one gathers alone
+    (convnets only; DeiT has none)."""
     for buffer in model.buffers():
         if world > 1 and buffer.is_floating_point():
             all_sum(buffer).div_(world)
@@ -836,8 +839,8 @@ def prepare(args, env):
     if len(train.classes) < 2:
         raise InputError(f"{train.root} holds one class only, {train.classes[0]}: there is no "
                          "choice to learn.")
-    if args.lr * batch / 512 <= args.min_lr:
-        raise InputError(f"the peak learning rate, {args.lr} x {batch} / 512 views, is not above "
+    if args.lr * batch / 512 < args.min_lr:
+        raise InputError(f"the peak learning rate, {args.lr} x {batch} / 512 views, is below "
                          f"--min-lr {args.min_lr}: raise --lr or lower --min-lr.")
     if len(train) < batch and not args.benchmark:
         raise InputError(f"{train.root} holds {len(train)} images, fewer than a batch of {batch}: "
@@ -929,6 +932,7 @@ def run(args, env, signals):
             scaler.load_state_dict(saved["scaler"])
         broken.update(saved["unreadable"])
         sums += torch.tensor(saved["sums"], dtype=sums.dtype).to(device) * (env.rank == 0)
+    # One number that tells whether all processes hold the same weights
     weights = hash(tuple(p.detach().cpu().double().sum().item() for p in model.parameters()))
     if any(env.agree(x) != -env.agree(-x) for x in (step, weights)):
         raise InputError(f"the processes do not start alike: {output} must be on a disk that all "
@@ -1028,11 +1032,12 @@ def run(args, env, signals):
                                               mode, args.alpha, args.tau)
                 # 6. backward
                 scaler.scale(loss / accumulation).backward()
-                same = dist_logits.argmax(1) == teacher_logits.argmax(1) if teacher else labels < 0
+                answers = teacher_logits.argmax(1) if teacher else torch.full_like(labels, -1)
+                agreement = (dist_logits.argmax(1) == answers).float().mean()
                 loss = loss.detach()
                 if scaler.is_enabled():   # a loss that overflows is skipped, and not counted
                     loss = torch.where(loss.isfinite(), loss, 0)
-                sums[:3] += torch.stack([loss, same.float().mean(), one])
+                sums[:3] += torch.stack([loss, agreement, one])
             # 7. step
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm(
@@ -1062,6 +1067,7 @@ def run(args, env, signals):
                         f"{clock(pace * (total_steps - step))} left ", end="\r" if live else "\n")
             # 10. save, when it is time or the run is told to stop
             late = env.rank == 0 and time.perf_counter() - last_save > 60 * args.save_minutes
+            # 0: go on; 1: a save is due; above: the signal's number
             code = env.agree(signals[-1] if signals else int(late))
             if code:
                 written, last_save = save(), time.perf_counter()
@@ -1076,7 +1082,7 @@ def run(args, env, signals):
         for each in models.values():
             average_buffers(each, world)
         scores, bad_val = evaluate(models, val_loader, np.arange(len(val)), size, micro, env)
-        total, same, micro_batches, skipped = all_sum(sums.clone()).tolist()
+        total, agreed, micro_batches, skipped = all_sum(sums.clone()).tolist()
         broken = gather_union(broken, world)
         lr = lr_at(step - 1, peak, args.min_lr, warmup_steps, total_steps)
         record = {"epoch": len(log) + 1, "step": step, "lr": lr,
@@ -1085,7 +1091,7 @@ def run(args, env, signals):
         if ema:
             record |= {"ema_" + key: scores["ema"][key] for key in ("cls", "dist", "both")}
         if teacher:
-            record["agreement"] = 100 * same / micro_batches
+            record["agreement"] = 100 * agreed / micro_batches
         if scaler.is_enabled():
             record["skipped_steps"] = round(skipped)
         log.append(record | {
@@ -1124,7 +1130,8 @@ def run(args, env, signals):
 
 def run_benchmark(args, env):
     """--benchmark: times loader, teacher, student and the whole step; prints a table and, as the
-    last line, a JSON object. Rates are views a second over all processes. Nothing is saved."""
+    last line, a JSON object. Rates are views a second over all processes, without gradient
+    clipping and averaged weights, which cost little. Nothing is saved."""
     mode, micro, size, train, _ = prepare(args, env)
     device, batch = env.device, args.batch_size
     sampler = TrainSampler(max(batch, len(train)), batch, micro, args.repeats, args.seed, env.rank,
@@ -1338,7 +1345,7 @@ def main(argv=None):
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if env and env.local_rank:   # what all meet, the first one says; torchrun then ends this one
+    if env and env.local_rank:   # what all of them meet the first one says, then torchrun ends all
         time.sleep(3)
         sentence = f"process {env.rank}: {sentence}"
     raise SystemExit(f"train.py: {sentence}")
