@@ -29,6 +29,7 @@ Contents: the network, the eight published variants, weights, the teacher, the l
 line: `python deit.py` prints the table and the walk, and `python deit.py photo.jpg --weights W`
 classifies. Importing needs torch alone, so that this file can be copied into other projects.
 """
+import collections
 import contextlib
 import copy
 import hashlib
@@ -278,15 +279,16 @@ def create_model(name, *, pretrained=False, **overrides):
 # ------------------------------------------------------------------------------------------------
 
 def published(name):
-    """The URL of the ImageNet weights released under a model's name, a DeiT's or one of
-    torchvision's (its best); None if there are none."""
+    """Of the ImageNet weights released under a model's name, a DeiT's or one of torchvision's (its
+    best): the URL, and how to build the model where the file does not say so."""
     if name in VARIANTS:
-        return f"{RELEASES}{name}-{VARIANTS[name][-1]}.pth"
-    urls = {}
-    if re.fullmatch(r"\w+", name):
-        with contextlib.suppress(InputError):
-            urls = torchvision_urls(name)
-    return list(urls.values())[-1] if urls else None
+        return f"{RELEASES}{name}-{VARIANTS[name][-1]}.pth", {}
+    weights = torchvision_weights(name) if re.fullmatch(r"\w+", name) else []
+    if not weights:
+        raise InputError(f"'{name}' is neither a file nor a URL nor a published name "
+                         f"({', '.join(VARIANTS)}, or one of torchvision's classifiers).")
+    size = weights[-1].transforms.keywords["crop_size"]
+    return weights[-1].url, {"config": {"name": name, "img_size": size}}
 
 
 def fetch(url, hashed=False):
@@ -310,6 +312,13 @@ def fetch(url, hashed=False):
     return path
 
 
+def new_name(key):
+    """A parameter's name without what wrappers put before it, and as torchvision's DenseNets have
+    named it since their weights were released."""
+    key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", key)
+
+
 def read_checkpoint(source, hashed=False):
     """A checkpoint's dict, with its state dict under "model", from a path, URL or published name
     (a DeiT's, or one of torchvision's classifiers).
@@ -318,17 +327,12 @@ def read_checkpoint(source, hashed=False):
     when there is no such file, or when it is broken or holds anything but plain values and tensors.
     """
     source = path = os.fspath(source)
-    named = {}   # how a torchvision file, which does not say so itself, is to be built
-    is_url = re.match(r"(https?|file)://", source)
+    is_url, built = re.match(r"(https?|file)://", source), {}
     if is_url:
         path = fetch(source, hashed)
     elif not os.path.isfile(source):
-        url = published(source)
-        if url is None:
-            raise InputError(f"'{source}' is neither a file nor a URL nor a published name "
-                             f"({', '.join(VARIANTS)}, or one of torchvision's classifiers).")
+        url, built = published(source)
         path = fetch(url, hashed=True)
-        named = {} if source in VARIANTS else {"config": {"name": source}}
     try:
         if zipfile.is_zipfile(path):   # torch.load checks no CRC and skips what is marked a folder
             with zipfile.ZipFile(path) as archive:
@@ -349,8 +353,10 @@ def read_checkpoint(source, hashed=False):
             and v.device.type == "cpu" and not v.is_quantized for k, v in state.items()):
         raise InputError(f"{path} holds no state dict (names and tensors), neither as a whole nor "
                          "under 'model'.")
-    state = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
-    return checkpoint | named | {"model": state, "source": source}
+    version = getattr(state, "_metadata", None)   # of torchvision's MNASNets, which ask for it
+    state = collections.OrderedDict((new_name(key), value) for key, value in state.items())
+    state._metadata = version
+    return checkpoint | built | {"model": state, "source": source}
 
 
 def resize_pos_embed(pos_embed, model):
@@ -376,7 +382,8 @@ def load_weights(model, source, *, new_heads=True, say=print):
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     what = checkpoint.get("source", "the state dict")
-    state = dict(checkpoint["model"] if isinstance(checkpoint.get("model"), dict) else checkpoint)
+    state = checkpoint["model"] if isinstance(checkpoint.get("model"), dict) else checkpoint
+    state = copy.copy(state)   # with its versions
     own = model.state_dict()
     if isinstance(model, DeiT) and "pos_embed" in state:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], model)
@@ -454,13 +461,14 @@ def torchvision_models():
     return torchvision.models
 
 
-def torchvision_urls(name):
-    """{name of weights: URL} of one of torchvision's classifiers, the best last; {} for others."""
+def torchvision_weights(name):
+    """The entries of torchvision's table for one of its classifiers, the best last; [] for other
+    names."""
     models = torchvision_models()
     if name not in models.list_models(module=models):
-        return {}
+        return []
     weights = models.get_model_weights(name)
-    return {w.name: w.url for w in sorted(weights, key=lambda w: w is weights.DEFAULT)}
+    return sorted(weights, key=lambda entry: entry is weights.DEFAULT)
 
 
 def create_classifier(name=None, num_classes=1000, **overrides):
@@ -583,7 +591,8 @@ def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000
         if not isinstance(model, DeiT) or model.config["num_classes"] != num_classes:
             raise InputError(f"the teacher in {weights} is no DeiT of {num_classes} classes.")
         return Teacher(model, model.classes)
-    model, urls = create_classifier(name, num_classes).eval(), torchvision_urls(name)
+    model = create_classifier(name, num_classes).eval()
+    urls = {entry.name: entry.url for entry in torchvision_weights(name)}
     if weights in urls and num_classes != 1000:
         raise InputError(f"the teacher {name} {weights} knows ImageNet's 1000 classes, the data "
                          f"have {num_classes}: train a teacher on them (--model {name}), then give "

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -431,6 +432,23 @@ def test_official_and_timm_files_load_strictly_and_tell_their_architecture():
             deit.load_weights(deit.create_model(TI, num_classes=5, depth=3), path)
 
 
+def test_files_of_torchvisions_odd_models_load():
+    import torchvision
+    with temporary() as folder:
+        path = os.path.join(folder, "w.pth")
+        for name, rename in (("mnasnet0_5", str), ("densenet121", lambda key: re.sub(
+                r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", key))):
+            model = torchvision.models.get_model(name, num_classes=3)
+            state = model.state_dict()   # as released: MNASNet's with a version, DenseNet's renamed
+            for key in list(state):
+                state[rename(key)] = state.pop(key)
+            torch.save(state, path)
+            loaded = deit.create_classifier(name, 3)
+            deit.load_weights(loaded, path)
+            assert all(torch.equal(a, b) for a, b in zip(
+                loaded.state_dict().values(), model.state_dict().values(), strict=True))
+
+
 def test_heads_of_another_class_count_start_anew_and_it_is_said():
     source, said = deit.create_model(TI, **SMALL), []
     model = deit.create_model(TI, **SMALL | {"num_classes": 4})
@@ -517,9 +535,9 @@ def test_torchvisions_published_weights_start_a_model_with_new_heads():
         old_hub = torch.hub.get_dir()
         torch.hub.set_dir(cache)
         try:
-            with patched(deit, "torchvision_urls", lambda name: {"OLD": "no", "NEW": url + name_}
-                         if name == "regnet_demo" else {}):
-                name_ = name
+            crop = functools.partial(int, crop_size=32)
+            entry = types.SimpleNamespace(url=url + name, transforms=crop)
+            with patched(deit, "torchvision_weights", lambda name: [None, entry]):
                 same_ = deit.load_model("regnet_demo")
                 images = torch.randn(2, 3, 32, 32)
                 close(same_(images), model.eval()(images))
@@ -534,10 +552,13 @@ def test_torchvisions_published_weights_start_a_model_with_new_heads():
             torch.hub.set_dir(old_hub)
         last = deit.read_checkpoint(os.path.join(folder, "o", "best.pt"))["model"]["stem.0.weight"]
         assert (last - model.state_dict()["stem.0.weight"]).abs().max() < 0.1
-    urls = deit.torchvision_urls("regnet_y_400mf")
+    urls = {entry.name: entry.url for entry in deit.torchvision_weights("regnet_y_400mf")}
     assert list(urls) == ["IMAGENET1K_V1", "IMAGENET1K_V2"]
-    assert deit.published("regnet_y_400mf") == urls["IMAGENET1K_V2"]
-    assert deit.published("no_such_thing") is None and deit.published("a/b.pt") is None
+    assert deit.published("regnet_y_400mf")[0] == urls["IMAGENET1K_V2"]
+    assert deit.published("efficientnet_b1")[1]["config"]["img_size"] == 240
+    for name in ("no_such_thing", "a/b.pt"):
+        with raises("neither a file nor a URL nor a published name"):
+            deit.published(name)
 
 
 def test_a_broken_download_is_never_used_and_urls_do_not_mix():
@@ -1060,7 +1081,7 @@ def test_a_part_for_validation_is_chosen_by_name_and_stays_when_images_come():
         log, said = quiet(train.main, [*argv, root, "--output", os.path.join(folder, "o")])
         assert log[-1]["val_images"] == len(chosen(0, 0.3))
         assert f"{len(chosen(0.3, 1))} training" in said
-        with raises("leave out --val-fraction", SystemExit):
+        with raises("leave it out, or give the folder", SystemExit):
             quiet(train.main, [*argv, folder, "--output", os.path.join(folder, "p")])
         with raises("among those that --val-fraction", SystemExit):
             quiet(train.main, [*argv, root, "--val-fraction", "1e-9"])
@@ -1602,6 +1623,27 @@ def test_sigterm_and_ctrl_c_finish_the_step_save_and_exit_as_is_the_custom():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
 
 
+def test_a_signal_cuts_validation_short_and_it_is_repeated():
+    real, calls = train.evaluate, []
+
+    def evaluate(models, *args):
+        if "model" in models:   # not the teacher's trial
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(models, *args)
+
+    with temporary() as folder:
+        with patched(train, "evaluate", evaluate):
+            try:
+                run(*FLAGS, "--output", folder)
+            except SystemExit as e:
+                assert e.code == 143
+        last = torch.load(os.path.join(folder, "last.pt"), weights_only=True)
+        assert last["step"] == 6 and len(last["log"]) == 1
+        assert "6 of 9 steps done" in resumed(folder)
+
+
 class Crash(BaseException):
     pass
 
@@ -1704,9 +1746,9 @@ def test_a_full_disk_keeps_the_former_save_and_training_goes_on():
         assert not [n for n in os.listdir(folder) if n.endswith(".tmp")]
 
 
-def torchrun(processes, *flags):
+def torchrun(processes, *flags, program=os.path.join(HERE, "train.py")):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", os.path.join(HERE, "train.py")]
+    command += [f"--nproc_per_node={processes}", program]
     command += ["--data", shared_images(), *BASE_FLAGS, *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=env)
@@ -1734,6 +1776,19 @@ def test_any_number_of_processes_gives_the_same_run_also_when_it_changes_on_the_
             2, *FLAGS, "--micro-batch", "4", "--output", os.path.join(folder, "none")
         )
         assert refused.stderr.count("take 16") == 1, "one sentence, once"
+
+
+def test_what_one_process_alone_meets_is_said():
+    with temporary() as folder:
+        program = os.path.join(folder, "faulty.py")
+        with open(program, "w") as f:
+            f.write(f"import os, sys\nsys.path.insert(0, {HERE!r})\nimport train\n"
+                    "def getitem(self, item): raise train.InputError('no such luck')\n"
+                    "if os.environ['RANK'] == '1': train.TrainViews.__getitem__ = getitem\n"
+                    "train.main()\n")
+        out = torchrun(2, *FLAGS, "--output", folder + "/o", program=program)
+        assert out.returncode != 0 and "train.py: process 1: no such luck" in out.stderr
+        assert "faulty.py\", line" not in out.stderr, out.stderr
 
 
 def test_the_readmes_example_runs_as_printed():

@@ -15,7 +15,7 @@ things: schedule, augmentation, data, evaluation, saving, flags, the training ru
 Randomness is keyed, not stored: whatever is drawn comes from a generator made of (seed, epoch,
 image, view) in a loader worker, or of (seed, step, k) on the device, k being the micro-batch's
 place in the batch. So, for a given --micro-batch, neither the number of processes or workers nor an
-interruption changes a run.
+interruption changes a DeiT's run (a convnet's batch statistics depend on the processes).
 """
 import argparse
 import contextlib
@@ -25,6 +25,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -281,6 +282,11 @@ class ImageFolder:
     def __len__(self):
         return len(self.labels)
 
+    def fingerprint(self):
+        """A number that tells this list of images from others."""
+        parts = (self.names, self.starts, self.first, os.fsencode("/".join(self.folders)))
+        return int.from_bytes(hashlib.sha256(b"".join(map(bytes, parts))).digest()[:7], "big")
+
     def neighbours(self, i):
         """The range of the images in the folder of image i, and the folder's name."""
         k = int(self.first.searchsorted(i, "right")) - 1
@@ -386,10 +392,10 @@ class EvalViews:
 
 def outlive_signals(worker):
     """Ctrl-C and a cluster's SIGTERM reach all processes at once: the workers serve the main one
-    for 10 more seconds, in which it finishes its step, and end without an error of their own."""
+    for 30 more seconds, in which it finishes its step, and end without an error of their own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):   # not on Windows
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(10))
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
         signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
 
 
@@ -397,10 +403,12 @@ def start_workers(dataset, items, env):
     """A loader of whole batches, and its first iterator: the workers run from now on, for all later
     iterators too. They are started before the processes are joined, since to fork among the threads
     of a process group can hang."""
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    context = "fork" if env.workers and sys.platform == "linux" and not chosen else None
     loader = torch.utils.data.DataLoader(
         dataset, sampler=items, batch_size=None, num_workers=env.workers,
         persistent_workers=env.workers > 0, pin_memory=env.device.type == "cuda",
-        worker_init_fn=outlive_signals)
+        worker_init_fn=outlive_signals, multiprocessing_context=context)
     return loader, iter(loader)
 
 
@@ -416,16 +424,19 @@ def all_sum(tensor):
 
 
 @torch.no_grad()
-def evaluate(models, loader, indices, size, batch, env):
+def evaluate(models, loader, indices, size, batch, env, signals=()):
     """Accuracy in percent of each of the models {name: module} on images of the loader's folder,
     {name: {"cls", "dist", "both": top-1, "cls5", "dist5", "both5": top-5}}, and how many were
-    unreadable. Each process takes its share of the images, in batches."""
+    unreadable. Each process takes its share of the images, in batches; once a signal has come, the
+    rest is left out."""
     mine, labels = indices[env.rank::env.world], loader.dataset.folder.labels
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
     loader.sampler[:] = [(size, part, labels[part]) for part in parts]
     was_training = [model.training for model in models.values()]
     counts = torch.zeros(len(models) + 1, 3, 2, device=env.device)
     for views, labels in loader:
+        if signals:
+            break
         images, labels = normalise(views, env.device), labels.to(env.device)[:, None]
         counts[-1, 0, 0] += (labels < 0).sum()
         for row, model in zip(counts, models.values()):
@@ -655,11 +666,18 @@ class Environment:
 
 @contextlib.contextmanager
 def caught_signals():
-    """A list of the SIGTERM (pre-emption) and SIGINT (Ctrl-C) that came; they are only noted."""
+    """A list of the SIGTERM (pre-emption) and SIGINT (Ctrl-C) that came; they are only noted, but
+    the fourth ends the program where it is."""
     came, former = [], {}
+
+    def note(number, frame):
+        came.append(number)
+        if len(came) > 3:
+            os._exit(128 + number)
+
     with contextlib.suppress(ValueError):   # not in the main thread: as by default
         for number in (signal.SIGTERM, signal.SIGINT):
-            former[number] = signal.signal(number, lambda number, frame: came.append(number))
+            former[number] = signal.signal(number, note)
     try:
         yield came
     finally:
@@ -808,9 +826,10 @@ def splits(args):
     train, val = (os.path.join(args.data, name) for name in ("train", "val"))
     if not args.val_fraction:
         return (train,), (val,)
-    if os.path.isdir(val):
-        raise InputError(f"there is a folder {val}: leave out --val-fraction, which is for class "
-                         "folders that lie in DIR itself.")
+    there = val if os.path.isdir(val) else train
+    if os.path.isdir(there):
+        raise InputError(f"there is a folder {there}, but --val-fraction is for class folders that "
+                         "lie in DIR itself: leave it out, or give the folder that they are in.")
     at = args.val_fraction
     return (args.data, None, (at, 1)), (args.data, None, (0, at))
 
@@ -833,8 +852,9 @@ def prepare(args, env):
     train, val = (ImageFolder(*where) for where in splits(args))
     empty = [c for c, a, b in zip(train.classes, train.first, train.first[1:]) if a == b]
     if empty:
-        raise InputError(f"{os.path.join(train.root, empty[0])} holds no images to train on: add "
-                         f"some, or remove the folder ({len(empty)} such in all).")
+        beside = " beside those of --val-fraction" if args.val_fraction else ""
+        raise InputError(f"{os.path.join(train.root, empty[0])} holds no images to train on"
+                         f"{beside}: add some, or remove the folder ({len(empty)} such in all).")
     val.renumber(train.classes)
     if len(train.classes) < 2:
         raise InputError(f"{train.root} holds one class only, {train.classes[0]}: there is no "
@@ -848,13 +868,24 @@ def prepare(args, env):
     return mode, micro, size, train, val
 
 
-def tensorboard(output, epoch):
-    """A writer of TensorBoard's, whose curves go on at that epoch."""
+def tensorboard():
+    """TensorBoard's class, which writes curves."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as e:
         raise InputError(f"--tensorboard: {e}; pip install tensorboard, or leave it out.") from e
-    return SummaryWriter(output, purge_step=epoch)
+    return SummaryWriter
+
+
+def number_of(strings):
+    """One number for a list of strings, the same in every process, unlike hash()."""
+    return int.from_bytes(hashlib.sha256("\n".join(strings).encode()).digest()[:7], "big")
+
+
+def must_be_alike(env, otherwise, *numbers):
+    """Refuses processes that do not start with the same numbers."""
+    if any(env.agree(x) != -env.agree(-x) for x in numbers):
+        raise InputError(f"the processes do not start alike: {otherwise}.")
 
 
 def must_continue(saved, path, flags):
@@ -882,6 +913,7 @@ def run(args, env, signals):
                          "--output.")
 
     mode, micro, size, train, val = prepare(args, env)
+    writer = tensorboard() if args.tensorboard else None
     batch, classes, K = args.batch_size, train.classes, len(train.classes)
     accumulation, epoch_steps = batch // (micro * world), len(train) // batch
     total_steps, warmup_steps = args.epochs * epoch_steps, round(args.warmup_epochs * epoch_steps)
@@ -907,16 +939,24 @@ def run(args, env, signals):
     dataset = TrainViews(train, size, args.seed, args.randaugment, args.erasing)
     sampler = TrainSampler(len(train), batch, micro, args.repeats, args.seed, env.rank, world,
                            step, total_steps)
-    _, batches = start_workers(dataset, sampler, env)
     val_loader, _ = start_workers(EvalViews(val), [], env)
+    _, batches = start_workers(dataset, sampler, env)
     env.join()
+    must_be_alike(env, "--output must be on a disk that all of them share", step)
+    must_be_alike(env, "--data must hold the same images for all of them", train.fingerprint(),
+                  val.fingerprint())
 
     # Three names: model is raw (saved, evaluated), net compiled and wrapped (trained), ema averaged
     torch.manual_seed(keyed(args.seed, "weights").getrandbits(63))
     model = create_student(args, size, K)
     first = args.model if args.pretrained else args.finetune
-    if first and not saved:
+    if saved:
+        model.load_state_dict(saved["model"])
+    elif first:
         by_turns(env, lambda: deit.load_weights(model, first, say=say))
+    if first or saved:   # else equal by their seed, to rounding, and made so when wrapped
+        weights = [p.double().sum().item().hex() for p in model.parameters()]
+        must_be_alike(env, "--finetune must be the same file for all of them", number_of(weights))
     model = model.to(device)
     net = wrap(model, args, env)
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
@@ -924,7 +964,6 @@ def run(args, env, signals):
     optimizer = torch.optim.AdamW(groups, lr=peak, fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=env.amp == torch.float16)
     if saved:
-        model.load_state_dict(saved["model"])
         if ema:
             ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -932,13 +971,9 @@ def run(args, env, signals):
             scaler.load_state_dict(saved["scaler"])
         broken.update(saved["unreadable"])
         sums += torch.tensor(saved["sums"], dtype=sums.dtype).to(device) * (env.rank == 0)
-    # One number that tells whether all processes hold the same weights
-    weights = hash(tuple(p.detach().cpu().double().sum().item() for p in model.parameters()))
-    if any(env.agree(x) != -env.agree(-x) for x in (step, weights)):
-        raise InputError(f"the processes do not start alike: {output} must be on a disk that all "
-                         "of them share, and --finetune the same file.")
     if saved and path == prev_path and env.rank == 0 and os.path.exists(last_path):
         os.remove(last_path)   # damaged: it must not become the next last.prev.pt
+    del saved
 
     def stop_if_not_finite(loss):
         """Gradients that are not finite: fp16's scaler skips such steps, but not for ever."""
@@ -975,6 +1010,14 @@ def run(args, env, signals):
                 failed = True
         return not env.agree(int(failed))
 
+    def save_and_stop_if_told(code):
+        """Saves; then leaves if the code, on which the processes agree, is a signal's number."""
+        written = save()
+        if code > 1:
+            say(f"stopped        by {signal.Signals(code).name} after step {step}, "
+                f"{'saved' if written else 'NOT saved'} in {output}: --resume goes on")
+            raise SystemExit(128 + code)
+
     teacher = create_teacher(args, classes, size, env) if mode != "none" else None
     if teacher:
         try_teacher(args, teacher, val_loader, size, env)
@@ -994,7 +1037,7 @@ def run(args, env, signals):
         f"workers, torch {torch.__version__}, output in {output}")
     if env.rank == 0:
         os.makedirs(output, exist_ok=True)
-    board = tensorboard(output, len(log) + 1) if args.tensorboard and env.rank == 0 else None
+    board = writer(output, purge_step=len(log) + 1) if writer and env.rank == 0 else None
 
     mine = range(env.rank, batch // micro, world)   # the k's of this process
     one, live = torch.ones((), device=device), sys.stdout.isatty()
@@ -1070,18 +1113,19 @@ def run(args, env, signals):
             # 0: go on; 1: a save is due; above: the signal's number
             code = env.agree(signals[-1] if signals else int(late))
             if code:
-                written, last_save = save(), time.perf_counter()
-            if code > 1:
-                say(f"stopped        by {signal.Signals(code).name} after step {step}, "
-                    f"{'saved' if written else 'NOT saved'} in {output}: --resume goes on")
-                raise SystemExit(128 + code)
+                save_and_stop_if_told(code)
+                last_save = time.perf_counter()
 
         # An epoch is done: evaluate, record, save
         seconds = time.perf_counter() - epoch_start
         models = {"model": model} | ({"ema": ema} if ema else {})
         for each in models.values():
             average_buffers(each, world)
-        scores, bad_val = evaluate(models, val_loader, np.arange(len(val)), size, micro, env)
+        scores, bad_val = evaluate(models, val_loader, np.arange(len(val)), size, micro, env,
+                                   signals)
+        code = env.agree(signals[-1] if signals else 0)
+        if code:   # the evaluation was cut short: it is repeated when the run goes on
+            save_and_stop_if_told(code)
         total, agreed, micro_batches, skipped = all_sum(sums.clone()).tolist()
         broken = gather_union(broken, world)
         lr = lr_at(step - 1, peak, args.min_lr, warmup_steps, total_steps)
@@ -1127,6 +1171,16 @@ def run(args, env, signals):
 # ------------------------------------------------------------------------------------------------
 # The benchmark: what limits a run with these flags here, and how long it would take
 # ------------------------------------------------------------------------------------------------
+
+def peak_memory_mib():
+    """This process's largest memory so far; nan where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    unit = 2**20 if sys.platform == "darwin" else 2**10   # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
 
 def run_benchmark(args, env):
     """--benchmark: times loader, teacher, student and the whole step; prints a table and, as the
@@ -1199,9 +1253,7 @@ def run_benchmark(args, env):
     if device.type == "cuda":
         result["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
     else:
-        import resource   # of Unix; KiB, but bytes on macOS
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        result["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        result["peak_memory_mib"] = peak_memory_mib()
     result["projected_hours"] = views_a_run / result["step_img_per_s"] / 3600
     result["workers_needed"] = math.ceil(max(1, env.workers) * device_rate / loader)
     rows = ((f"loader, {env.workers} workers", "loader"), (f"teacher {args.teacher}", "teacher"),
@@ -1312,19 +1364,23 @@ def in_a_sentence(error, args, env):
     if isinstance(error, torch.OutOfMemoryError):
         share = args.batch_size // env.world
         micro = args.micro_batch or min(128, share)
-        smaller = max((m for m in range(1, micro) if share % m == 0), default=1)
+        if micro == 1:
+            return "the device's memory is full with one image: take a smaller model or --img-size."
+        smaller = max(m for m in range(1, micro) if share % m == 0)
         return f"the device's memory is full: try --micro-batch {smaller} (the batch stays)."
     if isinstance(error, OSError):   # the system's word is clear enough: what, and which file
         return f"{message}."
-    if re.search("killed by signal|exited unexpectedly|shared memory", message):
+    if re.search("DataLoader worker|unable to .* shared memory|insufficient shared", message):
         return (f"a loader worker died ({message.splitlines()[0]}): lower --workers or free "
                 "memory (in a container, raise --shm-size), then --resume from the last save.")
+    if re.search("Connection closed by peer|Connection reset|Broken pipe", message):
+        return "another process ended: see its message."
     return None
 
 
 def main(argv=None):
     """The program. A user's mistake raises SystemExit with one sentence."""
-    args = env = None
+    args = env = sentence = None
     try:
         args = parse(argv)
         if vars(args) == vars(parse(["--seed", str(args.seed)])) and "RANK" not in os.environ:
@@ -1342,12 +1398,12 @@ def main(argv=None):
         if sentence is None:
             raise
         e.__traceback__ = None   # it keeps the loaders, whose workers end when they are dropped
-    finally:
-        if dist.is_initialized():
+    finally:   # after an error the others may wait for this process: it ends without them
+        if dist.is_initialized() and sentence is None:
             dist.destroy_process_group()
-    if env and env.local_rank:   # what all of them meet the first one says, then torchrun ends all
-        time.sleep(3)
-        sentence = f"process {env.rank}: {sentence}"
+    if env and env.world > 1:   # what all of them meet the first one says, then torchrun ends all
+        time.sleep(6 if sentence.startswith("another process") else 3 * (env.local_rank > 0))
+        sentence = f"process {env.rank}: {sentence}" if env.rank else sentence
     raise SystemExit(f"train.py: {sentence}")
 
 
