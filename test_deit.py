@@ -1090,7 +1090,7 @@ def test_a_part_for_validation_is_chosen_by_name_and_stays_when_images_come():
 def test_a_broken_training_image_is_replaced_and_a_broken_validation_image_is_wrong():
     with temporary() as folder:
         draw_images(folder, 4, 2)
-        for path in ("train/10/1.JPEG", "val/1/0.JPEG"):
+        for path in ("train/10/1.JPEG", "train/10/3.JPEG", "val/1/0.JPEG"):
             with open(os.path.join(folder, path), "wb") as f:
                 f.write(b"\xff\xd8 not an image")
         images = train.ImageFolder(os.path.join(folder, "train"))
@@ -1099,6 +1099,9 @@ def test_a_broken_training_image_is_replaced_and_a_broken_validation_image_is_wr
         assert broken.tolist() == [5] and labels.tolist() == [1]
         alone = train.train_view(images.open(6), 16, 0, train.keyed(0, 0, 5, 0))
         assert np.array_equal(views[0].numpy(), np.asarray(alone))
+        views = dataset[(0, 0, 0, np.array([7]), np.array([0]))][0]   # the last of its class
+        alone = train.train_view(images.open(4), 16, 0, train.keyed(0, 0, 7, 0))
+        assert np.array_equal(views[0].numpy(), np.asarray(alone)), "the first of its class"
         val = train.ImageFolder(os.path.join(folder, "val"), images.classes)
         assert train.EvalViews(val)[16, np.arange(6), val.labels][1].tolist() == [-1, 0, 1, 1, 2, 2]
 
@@ -1172,6 +1175,24 @@ def test_progressive_animated_and_rotated_images_are_read_as_the_recipe_does():
         images = train.ImageFolder(folder)
         assert [images.open(i).size for i in range(3)] == [(20, 10)] * 3
         assert [images.open(i).mode for i in range(3)] == ["RGB"] * 3
+
+
+def test_a_validation_set_that_lacks_classes_is_counted_by_the_models_numbers():
+    with temporary() as folder:
+        draw_images(folder)
+        _, said = run("--epochs", "2", "--output", os.path.join(folder, "o"), data=folder)
+        best = os.path.join(folder, "o", "best.pt")
+        argv = ["--data", folder, "--eval", best, "--workers", "0", "--device", "cpu"]
+        whole, _ = quiet(train.main, argv)
+        right = []
+        for name in ("1", "10", "2"):   # one class alone after the other
+            aside = [n for n in ("1", "10", "2") if n != name]
+            for n in aside:
+                os.rename(os.path.join(folder, "val", n), os.path.join(folder, n))
+            right.append(quiet(train.main, argv)[0]["both"])
+            for n in aside:
+                os.rename(os.path.join(folder, n), os.path.join(folder, "val", n))
+        assert abs(sum(right) / 3 - whole["both"]) < 1e-6
 
 
 def test_evaluation_counts_each_image_once_for_1_2_3_processes():
@@ -1716,7 +1737,7 @@ def test_a_run_whose_data_vanish_ends_with_a_sentence_and_its_workers():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
         os.rename(folder + "/train", folder + "/gone")
-        said = process.communicate(timeout=60)[1]   # a worker left behind would keep it from ending
+        said = process.communicate(timeout=25)[1]   # a worker left behind would keep it from ending
         assert process.returncode == 1 and "can be read" in said and "Traceback" not in said, said
         assert os.path.exists(folder + "/o/last.pt"), "the last save stands"
 
@@ -1727,6 +1748,38 @@ def test_a_file_that_is_no_save_is_not_gone_on_from():
         os.replace(os.path.join(folder, "best.pt"), os.path.join(folder, "last.pt"))
         with raises("no save to go on from", SystemExit):
             run(*FLAGS, "--output", folder, "--resume")
+
+
+def test_a_save_of_an_older_program_that_lacked_a_flag_is_gone_on_from():
+    with temporary() as folder:
+        with contextlib.suppress(SystemExit):
+            interrupted(folder, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        path = os.path.join(folder, "last.pt")
+        last = torch.load(path, weights_only=True)
+        del last["flags"]["val_fraction"]
+        torch.save(last, path)
+        with raises("a run with other val_fraction", SystemExit):
+            run(*FLAGS, "--val-fraction", "0.1", "--output", folder, "--resume",
+                data=os.path.join(shared_images(), "train"))
+        assert "4 of 9 steps done" in resumed(folder)
+
+
+def test_processes_that_would_not_start_alike_are_refused():
+    def pair(mine, theirs):   # the highest of two processes' numbers, as a collective gives it
+        return types.SimpleNamespace(agree=lambda x: max(x, theirs if x == mine else -theirs))
+
+    train.must_be_alike(pair(3, 3), "share a disk", 3)
+    for theirs in (2, 4):
+        with raises("do not start alike: share a disk"):
+            train.must_be_alike(pair(3, theirs), "share a disk", 3)
+    with temporary() as folder:
+        draw_images(folder, 3, 1)
+        root = os.path.join(folder, "train")
+        first = train.ImageFolder(root).fingerprint()
+        assert train.ImageFolder(root).fingerprint() == first
+        assert train.ImageFolder(os.path.join(folder, "val")).fingerprint() != first
+        os.rename(os.path.join(root, "2", "0.JPEG"), os.path.join(root, "2", "7.JPEG"))
+        assert train.ImageFolder(root).fingerprint() != first
 
 
 def test_a_full_disk_keeps_the_former_save_and_training_goes_on():
