@@ -1437,6 +1437,18 @@ def test_out_of_memory_names_the_micro_batch_to_try():
             run("--epochs", "2", "--micro-batch", "4", "--output", folder)
 
 
+def test_only_what_a_user_can_mend_becomes_a_sentence():
+    for message, phrase in (
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. ...", "shm"),
+        ("Caught RuntimeError ...\nunable to write to file </torch_1>: No space left", "no space"),
+        ("[...] Connection closed by peer [127.0.0.1]:1234", "another process"),
+    ):
+        assert phrase in train.in_a_sentence(RuntimeError(message), None, None).lower()
+    for bug in ("Caught RuntimeError in DataLoader worker process 0.\nTraceback ...\nbug",
+                "out of resource: shared memory, Required: 300000", "mat1 and mat2 shapes"):
+        assert train.in_a_sentence(RuntimeError(bug), None, None) is None   # its traceback is shown
+
+
 def test_more_than_one_percent_of_unreadable_images_stop_the_run():
     with temporary() as folder:
         draw_images(folder)

@@ -1370,8 +1370,8 @@ def in_a_sentence(error, args, env):
         return f"the device's memory is full: try --micro-batch {smaller} (the batch stays)."
     if isinstance(error, OSError):   # the system's word is clear enough: what, and which file
         return f"{message}."
-    if re.search("DataLoader worker|unable to .* shared memory|insufficient shared", message):
-        return (f"a loader worker died ({message.splitlines()[0]}): lower --workers or free "
+    if re.search(r"DataLoader worker \(pid|unable to (.* shared memory|write to file)", message):
+        return (f"a loader worker died ({message.splitlines()[-1]}): lower --workers or free "
                 "memory (in a container, raise --shm-size), then --resume from the last save.")
     if re.search("Connection closed by peer|Connection reset|Broken pipe", message):
         return "another process ended: see its message."
