@@ -925,9 +925,6 @@ def run(args, env, signals):
         say(f"resumed        {path}, {saved['step']} of {total_steps} steps done")
         if env.rank == 0:
             write_log(log_path, saved["log"])
-        if len(saved["log"]) == args.epochs:
-            say(f"finished       nothing left to do, best top-1 {saved['best']:.2f} %")
-            return saved["log"]
 
     # What changes while it runs: all of it is in a checkpoint. Sums, of this epoch: loss, agreeing
     # views, micro-batches, skipped steps; in float64, which adds up the same in any order. Bad:
@@ -943,6 +940,9 @@ def run(args, env, signals):
     _, batches = start_workers(dataset, sampler, env)
     env.join()
     must_be_alike(env, "--output must be on a disk that all of them share", step)
+    if len(log) == args.epochs:
+        say(f"finished       nothing left to do, best top-1 {best:.2f} %")
+        return log
     must_be_alike(env, "--data must hold the same images for all of them", train.fingerprint(),
                   val.fingerprint())
 
