@@ -373,12 +373,12 @@ def resize_pos_embed(pos_embed, model):
     return torch.cat([tokens, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
-def load_weights(model, source, *, new_heads=True, say=print):
+def load_weights(model, source, *, new_heads=True, classes=None, say=print):
     """Loads a path, URL, published name, read checkpoint or state dict into the model, strictly.
 
-    A DeiT's position embedding is resized to the model's; heads of another class count start anew
-    and `say` is told so (new_heads=False: they are refused). Raises InputError when the
-    architectures differ.
+    A DeiT's position embedding is resized to the model's; heads of another class count, or of other
+    names than `classes` when both are known, start anew and `say` is told so (new_heads=False: they
+    are refused). Raises InputError when the architectures differ.
     """
     checkpoint = source if isinstance(source, dict) else read_checkpoint(source)
     what = checkpoint.get("source", "the state dict")
@@ -387,14 +387,17 @@ def load_weights(model, source, *, new_heads=True, say=print):
     own = model.state_dict()
     if isinstance(model, DeiT) and "pos_embed" in state:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], model)
+    others = classes is not None and checkpoint.get("classes") not in (None, classes)
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     for head in [n for n in linears if n in ("head", "head_dist")] or linears[-1:]:
         there, here = state.get(f"{head}.weight"), own[f"{head}.weight"]
-        if there is None or there.shape[1:] != here.shape[1:] or len(there) == len(here):
+        if there is None or there.shape[1:] != here.shape[1:] or (
+                len(there) == len(here) and not others):
             continue
         if not new_heads:
             raise InputError(f"{what} knows {len(there)} classes, {len(here)} are asked for.")
-        say(f"{what}: {head} has {len(there)} classes, not {len(here)}: it starts anew.")
+        differ = "other classes" if others else f"{len(there)} classes, not {len(here)}"
+        say(f"{what}: {head} has {differ}: it starts anew.")
         init_linear(model.get_submodule(head))
         state.update({key: own[key] for key in own if key.rpartition(".")[0] == head})
     wrong = [f"{key} is missing" for key in own.keys() - state.keys()]

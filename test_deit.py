@@ -458,6 +458,13 @@ def test_heads_of_another_class_count_start_anew_and_it_is_said():
     assert model.head.weight.shape == (4, 32)
     with raises("knows 7 classes, 4 are asked for"):
         deit.load_weights(model, source.state_dict(), new_heads=False)
+    whole, twin = {"model": source.state_dict(), "classes": list("abcdefg")}, copy.deepcopy(source)
+    torch.nn.init.zeros_(twin.head.weight)
+    deit.load_weights(twin, whole, classes=list("abcdefg"), say=said.append)
+    assert len(said) == 2 and torch.equal(twin.head.weight, source.head.weight)
+    deit.load_weights(twin, whole, classes=list("ABCDEFG"), say=said.append)
+    assert "head_dist has other classes" in said[3]
+    assert not torch.equal(twin.head.weight, source.head.weight)
 
 
 def test_position_embedding_is_resized_bicubically_with_its_tokens_kept():

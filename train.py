@@ -953,7 +953,7 @@ def run(args, env, signals):
     if saved:
         model.load_state_dict(saved["model"])
     elif first:
-        by_turns(env, lambda: deit.load_weights(model, first, say=say))
+        by_turns(env, lambda: deit.load_weights(model, first, classes=classes, say=say))
     if first or saved:   # else equal by their seed, to rounding, and made so when wrapped
         weights = [p.double().sum().item().hex() for p in model.parameters()]
         must_be_alike(env, "--finetune must be the same file for all of them", number_of(weights))
