@@ -203,8 +203,8 @@ class DeiT(nn.Module):
         return torch.cat(x, dim=1) + self.pos_embed               # (B, N, D)
 
     def features(self, images, n=None):
-        """(B, 3, S, S) -> (B, N, D) after the last norm; given n, (B, n, D): the first n tokens
-        only, for which the last block needs of the others but their keys and values."""
+        """(B, 3, S, S) -> (B, N, D) after the last norm; given n, (B, n, D), the first n tokens
+        only: of the others the last block then computes nothing but keys and values."""
         x = self.embed(images)                                    # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x)                                          # (B, N, D)
@@ -394,9 +394,9 @@ def load_weights(model, source, *, new_heads=True, classes=None, say=print):
         if there is None or there.shape[1:] != here.shape[1:] or (
                 len(there) == len(here) and not others):
             continue
-        if not new_heads:
-            raise InputError(f"{what} knows {len(there)} classes, {len(here)} are asked for.")
         differ = "other classes" if others else f"{len(there)} classes, not {len(here)}"
+        if not new_heads:
+            raise InputError(f"{what} has {differ}.")
         say(f"{what}: {head} has {differ}: it starts anew.")
         init_linear(model.get_submodule(head))
         state.update({key: own[key] for key in own if key.rpartition(".")[0] == head})

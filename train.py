@@ -227,17 +227,17 @@ SUFFIXES = tuple(s.encode() for s in (".jpg", ".jpeg", ".png", ".webp", ".bmp", 
                                       ".pgm", ".tif", ".tiff"))
 
 
-def hash_of(name):
-    """A file name's number in 0..1, the same wherever the file lies and whatever is beside it."""
-    return int.from_bytes(hashlib.sha256(name).digest()[:6], "big") / 2**48
+def number_of(data):
+    """Bytes -> a number below 2**56 that stands for them, the same in every process and run."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
 
 
 class ImageFolder:
     """The images of root/<class>/*, sorted as text by class and name, without hidden files.
 
     Names are held in one array, not in a Python list, whose reference counts would copy it into
-    every worker. classes: the list that numbers them (None: this folder's own). part: the images
-    whose names' hash, a number in 0..1, lies in this range. Raises InputError.
+    every worker. classes: the list that numbers them (None: this folder's own). part: only images
+    whose file name, hashed to 0..1, lies in this range, whatever is beside them. Raises InputError.
     """
 
     def __init__(self, root, classes=None, part=(0, 1)):
@@ -254,7 +254,7 @@ class ImageFolder:
             files = os.listdir(os.fsencode(os.path.join(root, name)))
             files = [f for f in files if f.lower().endswith(SUFFIXES) and f[:1] != b"."]
             if part != (0, 1):
-                files = [f for f in files if part[0] <= hash_of(f) < part[1]]
+                files = [f for f in files if part[0] <= number_of(f) / 2**56 < part[1]]
             names += sorted(files)
             counts.append(len(files))
         if not names:
@@ -285,7 +285,7 @@ class ImageFolder:
     def fingerprint(self):
         """A number that tells this list of images from others."""
         parts = (self.names, self.starts, self.first, os.fsencode("/".join(self.folders)))
-        return int.from_bytes(hashlib.sha256(b"".join(map(bytes, parts))).digest()[:7], "big")
+        return number_of(b"".join(map(bytes, parts)))
 
     def neighbours(self, i):
         """The range of the images in the folder of image i, and the folder's name."""
@@ -429,9 +429,9 @@ def evaluate(models, loader, indices, size, batch, env, signals=()):
     {name: {"cls", "dist", "both": top-1, "cls5", "dist5", "both5": top-5}}, and how many were
     unreadable. Each process takes its share of the images, in batches; once a signal has come, the
     rest is left out."""
-    mine, labels = indices[env.rank::env.world], loader.dataset.folder.labels
+    mine, numbers = indices[env.rank::env.world], loader.dataset.folder.labels
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-    loader.sampler[:] = [(size, part, labels[part]) for part in parts]
+    loader.sampler[:] = [(size, part, numbers[part]) for part in parts]   # its workers' next items
     was_training = [model.training for model in models.values()]
     counts = torch.zeros(len(models) + 1, 3, 2, device=env.device)
     for views, labels in loader:
@@ -868,20 +868,6 @@ def prepare(args, env):
     return mode, micro, size, train, val
 
 
-def tensorboard():
-    """TensorBoard's class, which writes curves."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as e:
-        raise InputError(f"--tensorboard: {e}; pip install tensorboard, or leave it out.") from e
-    return SummaryWriter
-
-
-def number_of(strings):
-    """One number for a list of strings, the same in every process, unlike hash()."""
-    return int.from_bytes(hashlib.sha256("\n".join(strings).encode()).digest()[:7], "big")
-
-
 def must_be_alike(env, otherwise, *numbers):
     """Refuses processes that do not start with the same numbers."""
     if any(env.agree(x) != -env.agree(-x) for x in numbers):
@@ -913,7 +899,8 @@ def run(args, env, signals):
                          "--output.")
 
     mode, micro, size, train, val = prepare(args, env)
-    writer = tensorboard() if args.tensorboard else None
+    if args.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
     batch, classes, K = args.batch_size, train.classes, len(train.classes)
     accumulation, epoch_steps = batch // (micro * world), len(train) // batch
     total_steps, warmup_steps = args.epochs * epoch_steps, round(args.warmup_epochs * epoch_steps)
@@ -955,7 +942,7 @@ def run(args, env, signals):
     elif first:
         by_turns(env, lambda: deit.load_weights(model, first, classes=classes, say=say))
     if first or saved:   # else equal by their seed, to rounding, and made so when wrapped
-        weights = [p.double().sum().item().hex() for p in model.parameters()]
+        weights = repr([p.double().sum().item() for p in model.parameters()]).encode()
         must_be_alike(env, "--finetune must be the same file for all of them", number_of(weights))
     model = model.to(device)
     net = wrap(model, args, env)
@@ -1037,7 +1024,8 @@ def run(args, env, signals):
         f"workers, torch {torch.__version__}, output in {output}")
     if env.rank == 0:
         os.makedirs(output, exist_ok=True)
-    board = writer(output, purge_step=len(log) + 1) if writer and env.rank == 0 else None
+    board = SummaryWriter(output, purge_step=len(log) + 1, flush_secs=1) if (
+        args.tensorboard and env.rank == 0) else None
 
     mine = range(env.rank, batch // micro, world)   # the k's of this process
     one, live = torch.ones((), device=device), sys.stdout.isatty()
@@ -1143,10 +1131,8 @@ def run(args, env, signals):
             "img_per_s": (step - max(first_step, step - epoch_steps)) * batch / seconds,
             "waiting": waited / seconds, "seconds": time.perf_counter() - epoch_start})
         say(epoch_line(log[-1]))
-        if board:
-            for key, value in log[-1].items():
-                board.add_scalar(key, value, len(log))
-            board.flush()
+        for key, value in log[-1].items() if board else ():
+            board.add_scalar(key, value, len(log))
         former, best = best, max(record["both"], best)
         sums.zero_()
         written = save(is_best=best > former)
@@ -1368,6 +1354,8 @@ def in_a_sentence(error, args, env):
             return "the device's memory is full with one image: take a smaller model or --img-size."
         smaller = max(m for m in range(1, micro) if share % m == 0)
         return f"the device's memory is full: try --micro-batch {smaller} (the batch stays)."
+    if isinstance(error, ImportError) and "tensorboard" in message.lower():
+        return f"{message}: pip install tensorboard, or leave out --tensorboard."
     if isinstance(error, OSError):   # the system's word is clear enough: what, and which file
         return f"{message}."
     if re.search(r"DataLoader worker \(pid|unable to (.* shared memory|write to file)", message):
@@ -1393,7 +1381,7 @@ def main(argv=None):
             return (run_eval if args.eval else run_benchmark)(args, env)
         with caught_signals() as signals:
             return run(args, env, signals)
-    except (InputError, OSError, RuntimeError) as e:
+    except (InputError, ImportError, OSError, RuntimeError) as e:
         sentence = in_a_sentence(e, args, env)
         if sentence is None:
             raise
