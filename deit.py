@@ -572,7 +572,7 @@ class Teacher(nn.Module):
                 for module in self.cast.modules():
                     if isinstance(module, (nn.Conv2d, nn.Linear)):
                         module.to(self.cast_type)
-            model = self.cast
+            model, images = self.cast, images.to(self.cast_type)   # a convolution comes first
         return model(images.contiguous(memory_format=torch.channels_last))
 
 
