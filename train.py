@@ -30,6 +30,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -304,6 +305,12 @@ class ImageFolder:
             with Image.open(self.path(i)) as image:
                 return deit.to_rgb(image)
 
+    def can_open(self, i):
+        try:
+            return bool(self.open(i))
+        except Exception:   # Pillow raises OSError, SyntaxError, ValueError and many more
+            return False
+
 
 class TrainSampler:
     """This process's micro-batches, one item each, from step `start` to the last.
@@ -495,9 +502,11 @@ def read_last(paths, say):
     return None, None
 
 
-# These flags may differ when a run is resumed, for they do not change its result.
+# These flags may differ when a run is resumed, for they do not change its result; those in the
+# second set do, but they are what gets a run going again that diverged or met a smaller memory.
 FREE_FLAGS = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
               "save_minutes", "compile", "tensorboard"}
+REMEDIES = {"lr", "clip_grad", "amp", "micro_batch"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -740,8 +749,15 @@ def create_student(args, size, num_classes):
     return must_accept(deit.create_classifier(args.model, num_classes, **given), args.model)
 
 
-def create_teacher(args, classes, size, env):
-    """The frozen teacher on the device."""
+def create_teacher(args, mode, classes, size, env):
+    """The frozen teacher on the device; None when nothing is to be learned from one."""
+    given = [f for f in ("teacher", "teacher_weights", "alpha", "tau")
+             if getattr(args, f) != getattr(parse([]), f)]
+    if given and not args.distillation and mode == "none":
+        raise InputError(f"--{given[0].replace('_', '-')} is given, but {args.model} learns from a "
+                         "teacher only with --distillation hard or soft: add it, or drop both.")
+    if mode == "none":
+        return None
     weights = None if args.teacher_weights == "none" else args.teacher_weights
     teacher = by_turns(env, lambda: deit.load_teacher(args.teacher, weights, len(classes),
                                                       img_size=size))
@@ -834,16 +850,17 @@ def splits(args):
     return (args.data, None, (at, 1)), (args.data, None, (0, at))
 
 
-def prepare(args, env):
+def prepare(args, env, former_micro=None):
     """What follows from flags and data, if it fits together: the distillation mode, the views in a
-    micro-batch, the images' side, the training and the validation images. Raises InputError."""
+    micro-batch (unless given, as before in this run), the images' side, the training and the
+    validation images. Raises InputError."""
     is_distilled = args.model in deit.VARIANTS and deit.VARIANTS[args.model][3]
     mode = args.distillation or ("hard" if is_distilled else "none")
     if is_distilled and mode == "none":
         raise InputError(f"{args.model} learns from a teacher: without one (--distillation none) "
                          f"take --model {args.model.replace('distilled_', '')}.")
     batch, world = args.batch_size, env.world
-    micro = args.micro_batch or max(1, min(128, batch // world))
+    micro = args.micro_batch or former_micro or max(1, min(128, batch // world))
     if batch < micro * world or batch % (micro * world):
         nearest = max(1, round(batch / (micro * world))) * micro * world
         raise InputError(f"--batch-size {batch} is not processes x micro-batch x an integer "
@@ -874,17 +891,20 @@ def must_be_alike(env, otherwise, *numbers):
         raise InputError(f"the processes do not start alike: {otherwise}.")
 
 
-def must_continue(saved, path, flags):
-    """Refuses a checkpoint that is not the beginning of a run with these flags."""
+def must_continue(saved, path, flags, say):
+    """Refuses a checkpoint that is not the beginning of a run with these flags; a remedy that was
+    not applied before is said."""
     if not {"flags", "classes", "ema", "optimizer", "step", "sums"} <= saved.keys() or (
             saved["optimizer"] is None):
         raise InputError(f"{path} is no save to go on from: choose another --output, or start "
                          "from it with --finetune.")
     before = vars(parse([])) | saved["flags"] | {"classes": saved["classes"]}
     changed = [f for f in flags if f not in FREE_FLAGS and flags[f] != before.get(f)]
-    if changed:
+    if set(changed) - REMEDIES:
         raise InputError(f"{path} is of a run with other {', '.join(changed)}: give the same "
                          "again, or another --output.")
+    for f in changed:
+        say(f"changed        --{f.replace('_', '-')} from {before.get(f)} to {flags[f]}")
 
 
 def run(args, env, signals):
@@ -898,7 +918,14 @@ def run(args, env, signals):
         raise InputError(f"{output} holds a run: add --resume to go on with it, or choose another "
                          "--output.")
 
-    mode, micro, size, train, val = prepare(args, env)
+    saved, path = read_last((last_path, prev_path), say) if args.resume else (None, None)
+    if saved is None and os.path.exists(best_path) and (
+            deit.read_checkpoint(best_path).get("epoch", 2) > 1):   # 1: killed before its last.pt
+        raise InputError(f"{output} holds best.pt, but no last.pt to go on from: move it away, or "
+                         "choose another --output.")
+
+    former_micro = saved["flags"].get("micro_batch") if saved and "flags" in saved else None
+    mode, micro, size, train, val = prepare(args, env, former_micro)
     if args.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
     batch, classes, K = args.batch_size, train.classes, len(train.classes)
@@ -906,9 +933,8 @@ def run(args, env, signals):
     total_steps, warmup_steps = args.epochs * epoch_steps, round(args.warmup_epochs * epoch_steps)
     peak = args.lr * batch / 512
     flags = vars(args) | {"micro_batch": micro, "training images": len(train), "classes": classes}
-    saved, path = read_last((last_path, prev_path), say) if args.resume else (None, None)
     if saved:
-        must_continue(saved, path, flags)
+        must_continue(saved, path, flags, say)
         say(f"resumed        {path}, {saved['step']} of {total_steps} steps done")
         if env.rank == 0:
             write_log(log_path, saved["log"])
@@ -942,8 +968,9 @@ def run(args, env, signals):
     elif first:
         by_turns(env, lambda: deit.load_weights(model, first, classes=classes, say=say))
     if first or saved:   # else equal by their seed, to rounding, and made so when wrapped
-        weights = repr([p.double().sum().item() for p in model.parameters()]).encode()
-        must_be_alike(env, "--finetune must be the same file for all of them", number_of(weights))
+        sums_of_bits = [p.detach().view(torch.int32).sum().item() for p in model.parameters()]
+        must_be_alike(env, f"{path or first} must be the same file for all of them",
+                      number_of(repr(sums_of_bits).encode()))
     model = model.to(device)
     net = wrap(model, args, env)
     ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
@@ -956,7 +983,7 @@ def run(args, env, signals):
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:   # empty when it was not fp16 before
             scaler.load_state_dict(saved["scaler"])
-        broken.update(saved["unreadable"])
+        broken.update(i for i in saved["unreadable"] if not train.can_open(i))   # mended since?
         sums += torch.tensor(saved["sums"], dtype=sums.dtype).to(device) * (env.rank == 0)
     if saved and path == prev_path and env.rank == 0 and os.path.exists(last_path):
         os.remove(last_path)   # damaged: it must not become the next last.prev.pt
@@ -971,7 +998,8 @@ def run(args, env, signals):
 
     def save(is_best=False):
         """last.pt (the former becomes last.prev.pt), log.jsonl and, if so, best.pt, which lacks
-        what only going on needs. Called by all processes, written by the first; True if it was."""
+        what only going on needs. Called by all processes, written by the first. Returns 0 if
+        all was written, 1 if best.pt alone was (when asked for), 2 if nothing."""
         total, unreadable = all_sum(sums.clone()).tolist(), sorted(gather_union(broken, world))
         stop_if_not_finite(total[0])
         whole = {
@@ -984,28 +1012,30 @@ def run(args, env, signals):
                               "interpolation": "bicubic", "mean": list(deit.IMAGENET_MEAN),
                               "std": list(deit.IMAGENET_STD)},
         }
-        failed = False
+        missing = 0
         if env.rank == 0:
             try:
+                missing = 2
                 if is_best:
                     light = whole | dict.fromkeys(("ema", "optimizer", "scaler"))
                     write_atomically(best_path, lambda f: torch.save(light, f))
+                missing = 1
                 write_atomically(last_path, lambda f: torch.save(whole, f), keep=prev_path)
                 write_log(log_path, log)
+                missing = 0
             except OSError as e:
                 say(f"not saved      {e}; the former save stands")
-                failed = True
-        return not env.agree(int(failed))
+        return env.agree(missing)
 
     def save_and_stop_if_told(code):
         """Saves; then leaves if the code, on which the processes agree, is a signal's number."""
-        written = save()
+        missing = save()
         if code > 1:
             say(f"stopped        by {signal.Signals(code).name} after step {step}, "
-                f"{'saved' if written else 'NOT saved'} in {output}: --resume goes on")
+                f"{'NOT saved' if missing else 'saved'} in {output}: --resume goes on")
             raise SystemExit(128 + code)
 
-    teacher = create_teacher(args, classes, size, env) if mode != "none" else None
+    teacher = create_teacher(args, mode, classes, size, env)
     if teacher:
         try_teacher(args, teacher, val_loader, size, env)
         if args.compile:
@@ -1065,10 +1095,11 @@ def run(args, env, signals):
                 scaler.scale(loss / accumulation).backward()
                 answers = teacher_logits.argmax(1) if teacher else torch.full_like(labels, -1)
                 agreement = (dist_logits.argmax(1) == answers).float().mean()
-                loss = loss.detach()
+                loss, counted = loss.detach(), one
                 if scaler.is_enabled():   # a loss that overflows is skipped, and not counted
+                    counted = loss.isfinite().float()
                     loss = torch.where(loss.isfinite(), loss, 0)
-                sums[:3] += torch.stack([loss, agreement, one])
+                sums[:3] += torch.stack([loss, agreement * counted, counted])
             # 7. step
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.get_total_norm(
@@ -1088,7 +1119,7 @@ def run(args, env, signals):
             at = (step - 1) % epoch_steps + 1
             if at % args.log_every == 0 or at == epoch_steps:
                 total, now = all_sum(sums.clone()).tolist(), time.perf_counter()
-                mean_loss = total[0] / total[2]
+                mean_loss = total[0] / max(1, total[2])
                 stop_if_not_finite(mean_loss)
                 pace = (now - run_start) / (step - first_step)   # seconds, evaluation included
                 if live or at < epoch_steps:   # else the epoch's line follows at once
@@ -1118,12 +1149,12 @@ def run(args, env, signals):
         broken = gather_union(broken, world)
         lr = lr_at(step - 1, peak, args.min_lr, warmup_steps, total_steps)
         record = {"epoch": len(log) + 1, "step": step, "lr": lr,
-                  "train_loss": total / micro_batches}
+                  "train_loss": total / max(1, micro_batches)}
         record |= {key: scores["model"][key] for key in ("cls", "dist", "both")}
         if ema:
             record |= {"ema_" + key: scores["ema"][key] for key in ("cls", "dist", "both")}
         if teacher:
-            record["agreement"] = 100 * agreed / micro_batches
+            record["agreement"] = 100 * agreed / max(1, micro_batches)
         if scaler.is_enabled():
             record["skipped_steps"] = round(skipped)
         log.append(record | {
@@ -1135,8 +1166,8 @@ def run(args, env, signals):
             board.add_scalar(key, value, len(log))
         former, best = best, max(record["both"], best)
         sums.zero_()
-        written = save(is_best=best > former)
-        if not written:
+        missing = save(is_best=best > former)
+        if missing == 2:
             best = former   # so that the next good epoch is kept
         waited, epoch_start = 0.0, time.perf_counter()
         last_save = epoch_start
@@ -1146,8 +1177,8 @@ def run(args, env, signals):
                 f"in: {named}")
         if len(broken) > len(train) / 100:
             raise InputError(f"{len(broken)} of {len(train)} training images cannot be read, "
-                             f"more than 1 %: mend or remove them ({named}).")
-    if not written:
+                             f"more than 1 %: mend them ({named}), then --resume.")
+    if missing:
         raise InputError(f"the run is done, but its last save in {output} failed: make room and "
                          "add --resume, which repeats what is missing.")
     say(f"finished       in {clock(time.perf_counter() - run_start)}, best top-1 {best:.2f} %")
@@ -1185,7 +1216,7 @@ def run_benchmark(args, env):
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=1e-6,
                                   fused=device.type in ("cuda", "cpu"))
     scaler = torch.amp.GradScaler(device.type, enabled=env.amp == torch.float16)
-    teacher = create_teacher(args, train.classes, size, env) if mode != "none" else None
+    teacher = create_teacher(args, mode, train.classes, size, env)
     views_a_run = args.epochs * max(1, len(train) // batch) * batch
 
     def load():
@@ -1320,8 +1351,14 @@ def demo(seed):
     data, output = os.path.join(cache, "deit", "demo-1"), os.path.join("runs", f"demo-{seed}")
     if not os.path.isdir(data):
         print(f"drawing 3,600 small pictures into {data}", flush=True)
-        draw_demo(f"{data}.{os.getpid()}")
-        os.replace(f"{data}.{os.getpid()}", data)   # whole or not there
+        drawn = f"{data}.{os.getpid()}"
+        draw_demo(drawn)
+        try:
+            os.replace(drawn, data)   # whole or not there
+        except OSError:
+            if not os.path.isdir(data):   # else another demo was quicker
+                raise
+            shutil.rmtree(drawn)
     weights = os.path.join(output, "teacher", "best.pt")
     runs = {"teacher": DEMO_TEACHER,
             "alone": f"--model deit_tiny_patch16_224 {DEMO_STUDENT}",
@@ -1343,17 +1380,20 @@ def demo(seed):
 
 
 def in_a_sentence(error, args, env):
-    """What a user's mistake or a full machine raised, as one sentence; None for anything else."""
+    """What a user's mistake or a full machine raised, as one sentence; "" for anything else."""
     message = str(error).strip()
     if isinstance(error, InputError):
         return message.split("InputError: ")[-1]   # of a worker's traceback, the end
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or re.search(
+            "can't allocate memory|out of memory", message):   # of a CPU; of Apple's GPU
         share = args.batch_size // env.world
-        micro = args.micro_batch or min(128, share)
+        micro = args.micro_batch or max(1, min(128, share))
         if micro == 1:
             return "the device's memory is full with one image: take a smaller model or --img-size."
         smaller = max(m for m in range(1, micro) if share % m == 0)
         return f"the device's memory is full: try --micro-batch {smaller} (the batch stays)."
+    if "more than 1 value per channel" in message:   # a convnet in training, one image, one pixel
+        return "a batch norm is left with one value a channel: raise --micro-batch or --img-size."
     if isinstance(error, ImportError) and "tensorboard" in message.lower():
         return f"{message}: pip install tensorboard, or leave out --tensorboard."
     if isinstance(error, OSError):   # the system's word is clear enough: what, and which file
@@ -1363,7 +1403,7 @@ def in_a_sentence(error, args, env):
                 "memory (in a container, raise --shm-size), then --resume from the last save.")
     if re.search("Connection closed by peer|Connection reset|Broken pipe", message):
         return "another process ended: see its message."
-    return None
+    return ""
 
 
 def main(argv=None):
@@ -1381,9 +1421,9 @@ def main(argv=None):
             return (run_eval if args.eval else run_benchmark)(args, env)
         with caught_signals() as signals:
             return run(args, env, signals)
-    except (InputError, ImportError, OSError, RuntimeError) as e:
+    except Exception as e:
         sentence = in_a_sentence(e, args, env)
-        if sentence is None:
+        if not sentence:
             raise
         e.__traceback__ = None   # it keeps the loaders, whose workers end when they are dropped
     finally:   # after an error the others may wait for this process: it ends without them
