@@ -66,8 +66,11 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images):
-        x = self.proj(images)                                     # (B, D, G, G)
-        return x.flatten(2).transpose(1, 2)                       # (B, G*G, D)
+        """(B, 3, S, S) -> (B, G*G, D). A convolution of stride P is one linear map of each patch;
+        written as that it trains a little faster on CPUs (not measured on a GPU)."""
+        (B, C, H, W), P = images.shape, self.proj.stride[0]
+        x = images.view(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5)  # (B, G, G, 3, P, P)
+        return F.linear(x.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
