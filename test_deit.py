@@ -299,6 +299,13 @@ def test_position_and_token_order():
     close(x[0, 2 + 7], proj.weight.sum((1, 2, 3)) + proj.bias)
 
 
+def test_patch_embedding_is_the_convolution_of_the_released_code():
+    embed = deit.PatchEmbed(8, 24).double()
+    images = torch.randn(2, 3, 32, 48).double()
+    for each in (images, images.contiguous(memory_format=torch.channels_last)):
+        close(embed(each), embed.proj(images).flatten(2).transpose(1, 2))
+
+
 def test_initial_weights_follow_the_released_code():
     model = deit.create_model(TI)
     for p in (model.cls_token, model.dist_token, model.pos_embed, model.blocks[3].mlp.fc1.weight):
@@ -1445,6 +1452,12 @@ def test_out_of_memory_names_the_micro_batch_to_try():
             run("--epochs", "2", "--output", folder)
         with raises("try --micro-batch 3 (the batch stays)", SystemExit):
             run("--epochs", "2", "--micro-batch", "4", "--output", folder)
+    with temporary() as folder:   # the size of the former part of the run counts, too
+        with contextlib.suppress(SystemExit):
+            interrupted(folder, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        flags = [f for f in FLAGS if f not in ("--micro-batch", "6")]
+        with patched(deit, "distillation_loss", full), raises("try --micro-batch 4", SystemExit):
+            run(*flags, "--output", folder, "--resume")
     args, env = train.parse(["--batch-size", "1"]), types.SimpleNamespace(world=2)
     try:
         torch.empty(2**50)
@@ -1505,7 +1518,7 @@ def test_bad_input_gets_one_sentence():
         (["--distillation", "none"], "take --model deit_tiny_patch16_224"),
         (["--model", TI.replace("distilled_", "")], "add it, or drop both"),
         (["--batch-size", "100"], "fewer than a batch of 100"),
-        (["--batch-size", "12", "--micro-batch", "5"], "take 10"),
+        (["--batch-size", "12", "--micro-batch", "5"], "take --micro-batch 4 or --batch-size 10"),
         (["--img-size", "30"], "not a multiple of patch_size 8"),
         (["--num-heads", "5"], "num_heads 5"),
         (["--lr", "1e-5"], "below --min-lr"),
@@ -1823,10 +1836,14 @@ def test_a_remedy_may_be_new_when_a_run_goes_on_and_is_said():
     with temporary() as folder:
         with contextlib.suppress(SystemExit):
             interrupted(folder, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        remedies = ["--lr", "6e-4", "--clip-grad", "1", "--amp", "bf16", "--micro-batch", "3"]
+        with raises("of a run with other seed: give", SystemExit):
+            run(*FLAGS, "--lr", "6e-4", "--seed", "7", "--output", folder, "--resume")
+        remedies = ["--lr", "6e-4", "--clip-grad", "1", "--amp", "bf16", "--micro-batch", "3",
+                    "--min-lr", "1e-6"]
         log, said = run(*FLAGS, *remedies, "--output", folder, "--resume")
         for change in ("--lr from 0.0005 to 0.0006", "--clip-grad from 0.0 to 1.0",
-                       "--amp from off to bf16", "--micro-batch from 6 to 3"):
+                       "--amp from off to bf16", "--micro-batch from 6 to 3",
+                       "--min-lr from 1e-05 to 1e-06"):
             assert change in said, change
         assert [r["epoch"] for r in log] == [1, 2, 3]
     args = train.parse(["--data", shared_images(), *BASE_FLAGS])
@@ -1860,6 +1877,17 @@ def test_best_pt_is_the_best_model_whatever_happens_to_last_pt():
             run(*FLAGS, "--output", folder, "--resume")
         torch.save(best | {"epoch": 1}, os.path.join(folder, "best.pt"))   # no last.pt was due yet
         assert len(run(*FLAGS, "--output", folder, "--resume")[0]) == 3
+
+
+def test_best_pt_that_is_newer_than_last_pt_stays():
+    """Killed after best.pt was written and before last.pt: 90 % is then known from best.pt only."""
+    with temporary() as folder:
+        with contextlib.suppress(SystemExit):
+            interrupted(folder, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        path = os.path.join(folder, "best.pt")
+        torch.save(torch.load(path, weights_only=True) | {"best": 101.0, "epoch": 2}, path)
+        run(*FLAGS, "--output", folder, "--resume")
+        assert torch.load(path, weights_only=True)["best"] == 101.0 == result(folder)[3]
 
 
 def test_processes_that_would_not_start_alike_are_refused():
@@ -1926,7 +1954,7 @@ def test_any_number_of_processes_gives_the_same_run_also_when_it_changes_on_the_
         refused = torchrun(
             2, *FLAGS, "--micro-batch", "4", "--output", os.path.join(folder, "none")
         )
-        assert refused.stderr.count("take 16") == 1, "one sentence, once"
+        assert refused.stderr.count("take --micro-batch 3 or --batch-size 16.") == 1, "once"
 
 
 def test_what_one_process_alone_meets_is_said():
@@ -1940,6 +1968,18 @@ def test_what_one_process_alone_meets_is_said():
         out = torchrun(2, *FLAGS, "--output", folder + "/o", program=program)
         assert out.returncode != 0 and "train.py: process 1: no such luck" in out.stderr
         assert "faulty.py\", line" not in out.stderr, out.stderr
+
+
+def test_processes_with_unlike_flags_are_refused():
+    with temporary() as folder:
+        program = os.path.join(folder, "unlike.py")
+        with open(program, "w") as f:
+            f.write(f"import os, sys\nsys.path.insert(0, {HERE!r})\nimport train\n"
+                    "train.main(sys.argv[1:] + ['--log-every', '7'] * int(os.environ['RANK']))\n")
+        out = torchrun(2, *FLAGS, "--output", folder + "/o", program=program)
+        assert out.returncode and "alike: all of them need the same flags" in out.stderr
+    with patched(os, "environ", os.environ | {"SLURM_PROCID": "1"}), raises("start one torchrun"):
+        train.Environment("cpu", "off", 0)
 
 
 def test_the_readmes_example_runs_as_printed():

@@ -468,7 +468,8 @@ def evaluate(models, loader, indices, size, batch, env, signals=()):
 
 def write_atomically(path, write, keep=None):
     """write(file) into a file beside `path`, onto the disk, then renamed: `path` is always whole.
-    What was there before is kept as `keep`. Raises OSError, and then nothing has changed."""
+    What was there before is kept as `keep`. Raises OSError; what was there is then still there,
+    perhaps as `keep`."""
     try:
         with open(path + ".tmp", "wb") as f:
             write(f)
@@ -506,7 +507,7 @@ def read_last(paths, say):
 # second set do, but they are what gets a run going again that diverged or met a smaller memory.
 FREE_FLAGS = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
               "save_minutes", "compile", "tensorboard"}
-REMEDIES = {"lr", "clip_grad", "amp", "micro_batch"}
+REMEDIES = {"lr", "min_lr", "clip_grad", "amp", "micro_batch"}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -623,6 +624,9 @@ class Environment:
         self.rank, self.world, self.local_rank, self.local_world = (
             int(os.environ.get(name, default)) for name, default in
             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        if int(os.environ.get("SLURM_PROCID", 0)) > 0 and "RANK" not in os.environ:
+            raise InputError("srun started several processes that do not know of one another: "
+                             "start one torchrun a node, which starts one process a GPU.")
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
         name = device or best
         if name.startswith("cuda") and not torch.cuda.is_available():
@@ -768,11 +772,11 @@ def create_teacher(args, mode, classes, size, env):
     return teacher.to(env.device)
 
 
-def try_teacher(args, teacher, val_loader, size, env):
+def try_teacher(args, teacher, val_loader, size, batch, env):
     """Prints the teacher's accuracy on some validation images; refuses one that knows nothing."""
     val = val_loader.dataset.folder
     some = np.unique(np.linspace(0, len(val) - 1, 512).astype(np.int64))
-    accuracy = evaluate({"it": teacher}, val_loader, some, size, 64, env)[0]["it"]["cls"]
+    accuracy = evaluate({"it": teacher}, val_loader, some, size, batch, env)[0]["it"]["cls"]
     env.say(f"teacher        {args.teacher} {args.teacher_weights}, {accuracy:.1f} % right on "
             f"{len(some)} validation images")
     chance = 1 / len(val.classes)
@@ -863,8 +867,10 @@ def prepare(args, env, former_micro=None):
     micro = args.micro_batch or former_micro or max(1, min(128, batch // world))
     if batch < micro * world or batch % (micro * world):
         nearest = max(1, round(batch / (micro * world))) * micro * world
+        fitting = [m for m in range(1, micro) if batch % (m * world) == 0]
+        smaller = f"--micro-batch {fitting[-1]} or " if fitting else ""
         raise InputError(f"--batch-size {batch} is not processes x micro-batch x an integer "
-                         f"({world} x {micro} x n): take {nearest}.")
+                         f"({world} x {micro} x n): take {smaller}--batch-size {nearest}.")
     size = args.img_size or deit.VARIANTS.get(args.model, (0, 0, 224))[2]
     train, val = (ImageFolder(*where) for where in splits(args))
     empty = [c for c, a, b in zip(train.classes, train.first, train.first[1:]) if a == b]
@@ -900,8 +906,9 @@ def must_continue(saved, path, flags, say):
                          "from it with --finetune.")
     before = vars(parse([])) | saved["flags"] | {"classes": saved["classes"]}
     changed = [f for f in flags if f not in FREE_FLAGS and flags[f] != before.get(f)]
-    if set(changed) - REMEDIES:
-        raise InputError(f"{path} is of a run with other {', '.join(changed)}: give the same "
+    fixed = [f for f in changed if f not in REMEDIES]
+    if fixed:
+        raise InputError(f"{path} is of a run with other {', '.join(fixed)}: give the same "
                          "again, or another --output.")
     for f in changed:
         say(f"changed        --{f.replace('_', '-')} from {before.get(f)} to {flags[f]}")
@@ -932,7 +939,8 @@ def run(args, env, signals):
     accumulation, epoch_steps = batch // (micro * world), len(train) // batch
     total_steps, warmup_steps = args.epochs * epoch_steps, round(args.warmup_epochs * epoch_steps)
     peak = args.lr * batch / 512
-    flags = vars(args) | {"micro_batch": micro, "training images": len(train), "classes": classes}
+    args.micro_batch = micro   # known from now on, also to in_a_sentence
+    flags = vars(args) | {"training images": len(train), "classes": classes}
     if saved:
         must_continue(saved, path, flags, say)
         say(f"resumed        {path}, {saved['step']} of {total_steps} steps done")
@@ -943,6 +951,9 @@ def run(args, env, signals):
     # views, micro-batches, skipped steps; in float64, which adds up the same in any order. Bad:
     # steps in a row whose gradients were not finite.
     step, best, log = (saved[key] for key in ("step", "best", "log")) if saved else (0, -1.0, [])
+    with contextlib.suppress(InputError):   # best.pt is newer if the last save was cut short
+        if saved and os.path.exists(best_path):
+            best = max(best, deit.read_checkpoint(best_path).get("best", -1.0))
     bad, sums, broken = torch.zeros((), device=device), torch.zeros(4, device=device), set()
     sums = sums if device.type == "mps" else sums.double()
 
@@ -958,6 +969,10 @@ def run(args, env, signals):
         return log
     must_be_alike(env, "--data must hold the same images for all of them", train.fingerprint(),
                   val.fingerprint())
+    chosen = (device.type, env.precision, args.log_every, args.compile,
+              [flags[f] for f in sorted(flags.keys() - FREE_FLAGS)])
+    must_be_alike(env, "all of them need the same flags, --device and --amp too where their "
+                  "hardware differs", number_of(repr(chosen).encode()))
 
     # Three names: model is raw (saved, evaluated), net compiled and wrapped (trained), ema averaged
     torch.manual_seed(keyed(args.seed, "weights").getrandbits(63))
@@ -1037,7 +1052,7 @@ def run(args, env, signals):
 
     teacher = create_teacher(args, mode, classes, size, env)
     if teacher:
-        try_teacher(args, teacher, val_loader, size, env)
+        try_teacher(args, teacher, val_loader, size, micro, env)
         if args.compile:
             teacher.compile()   # only now: its first call made the copy in autocast's type
     decayed, exempt = ([p.numel() for p in group["params"]] for group in groups)
