@@ -626,7 +626,8 @@ class Environment:
             (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
         if int(os.environ.get("SLURM_PROCID", 0)) > 0 and "RANK" not in os.environ:
             raise InputError("srun started several processes that do not know of one another: "
-                             "start one torchrun a node, which starts one process a GPU.")
+                             "let it start one torchrun a node, which starts one process a GPU (or "
+                             "unset SLURM_PROCID if these are separate runs).")
         best = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
         name = device or best
         if name.startswith("cuda") and not torch.cuda.is_available():
