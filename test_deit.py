@@ -1978,7 +1978,7 @@ def test_processes_with_unlike_flags_are_refused():
                     "train.main(sys.argv[1:] + ['--log-every', '7'] * int(os.environ['RANK']))\n")
         out = torchrun(2, *FLAGS, "--output", folder + "/o", program=program)
         assert out.returncode and "alike: all of them need the same flags" in out.stderr
-    with patched(os, "environ", os.environ | {"SLURM_PROCID": "1"}), raises("let it start one torchrun"):
+    with patched(os, "environ", os.environ | {"SLURM_PROCID": "1"}), raises("one torchrun a node"):
         train.Environment("cpu", "off", 0)
 
 
