@@ -440,6 +440,7 @@ def evaluate(models, loader, indices, size, batch, env, signals=()):
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
     loader.sampler[:] = [(size, part, numbers[part]) for part in parts]   # its workers' next items
     was_training = [model.training for model in models.values()]
+    # hits: (models, heads cls dist both, top-1 top-5); one more row, whose first cell: unreadable
     counts = torch.zeros(len(models) + 1, 3, 2, device=env.device)
     for views, labels in loader:
         if signals:
@@ -457,9 +458,11 @@ def evaluate(models, loader, indices, size, batch, env, signals=()):
     for model, mode in zip(models.values(), was_training):
         model.train(mode)
     counts = all_sum(counts).tolist()
-    keys = ("cls", "dist", "both", "cls5", "dist5", "both5")
-    return {name: {key: 100 * row[i % 3][i // 3] / len(indices) for i, key in enumerate(keys)}
-            for name, row in zip(models, counts)}, int(counts[-1][0][0])
+    scores = {name: {head + top: 100 * row[i][j] / len(indices)
+                     for j, top in enumerate(("", "5"))
+                     for i, head in enumerate(("cls", "dist", "both"))}
+              for name, row in zip(models, counts)}
+    return scores, int(counts[-1][0][0])
 
 
 # ------------------------------------------------------------------------------------------------
