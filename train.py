@@ -440,7 +440,7 @@ def evaluate(models, loader, indices, size, batch, env, signals=()):
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
     loader.sampler[:] = [(size, part, numbers[part]) for part in parts]   # its workers' next items
     was_training = [model.training for model in models.values()]
-    # hits: (models, heads cls dist both, top-1 top-5); one more row, whose first cell: unreadable
+    # right answers (models, heads: cls dist both, top-1 top-5); the last row's first: unreadable
     counts = torch.zeros(len(models) + 1, 3, 2, device=env.device)
     for views, labels in loader:
         if signals:
@@ -459,8 +459,8 @@ def evaluate(models, loader, indices, size, batch, env, signals=()):
         model.train(mode)
     counts = all_sum(counts).tolist()
     scores = {name: {head + top: 100 * row[i][j] / len(indices)
-                     for j, top in enumerate(("", "5"))
-                     for i, head in enumerate(("cls", "dist", "both"))}
+                     for i, head in enumerate(("cls", "dist", "both"))
+                     for j, top in enumerate(("", "5"))}
               for name, row in zip(models, counts)}
     return scores, int(counts[-1][0][0])
 
@@ -896,7 +896,8 @@ def prepare(args, env, former_micro=None):
 
 
 def must_be_alike(env, otherwise, *numbers):
-    """Refuses processes that do not start with the same numbers."""
+    """Refuses processes that do not start with the same numbers: whose highest is not the lowest,
+    which is minus the highest of the negatives."""
     if any(env.agree(x) != -env.agree(-x) for x in numbers):
         raise InputError(f"the processes do not start alike: {otherwise}.")
 
