@@ -1970,6 +1970,25 @@ def test_what_one_process_alone_meets_is_said():
         assert "faulty.py\", line" not in out.stderr, out.stderr
 
 
+def test_processes_end_without_an_abort():
+    """A thread of gloo that frees a tensor needs Python's lock: if it has to wait until Python
+    ends, as happens now and then on a busy machine and here always, that aborts the process."""
+    with temporary() as folder:
+        program = os.path.join(folder, "end.py")
+        with open(program, "w") as f:
+            f.write(f"import sys, torch\nsys.path.insert(0, {HERE!r})\nimport train\n"
+                    "def run(args, env, signals):\n"
+                    "    env.join()\n"
+                    "    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))\n"
+                    "    for _ in range(9):\n"
+                    "        train.dist.all_reduce(torch.ones(1), async_op=True)\n"
+                    "train.run = run\n"
+                    "sys.setswitchinterval(1000)\n"
+                    "train.main()\n")
+        out = torchrun(2, "--output", folder + "/o", program=program)
+        assert out.returncode == 0, out.stderr[:500]
+
+
 def test_processes_with_unlike_flags_are_refused():
     with temporary() as folder:
         program = os.path.join(folder, "unlike.py")

@@ -1449,6 +1449,7 @@ def main(argv=None):
     finally:   # after an error the others may wait for this process: it ends without them
         if dist.is_initialized() and sentence is None:
             dist.destroy_process_group()
+            time.sleep(0.2)   # gloo's threads outlive it; one still busy at exit aborts Python
     if env and env.world > 1:   # what all of them meet the first one says, then torchrun ends all
         time.sleep(6 if sentence.startswith("another process") else 3 * (env.local_rank > 0))
         sentence = f"process {env.rank}: {sentence}" if env.rank else sentence
