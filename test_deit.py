@@ -1925,12 +1925,20 @@ def test_a_full_disk_keeps_the_former_save_and_training_goes_on():
         assert not [n for n in os.listdir(folder) if n.endswith(".tmp")]
 
 
-def torchrun(processes, *flags, program=os.path.join(HERE, "train.py")):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", program]
-    command += ["--data", shared_images(), *BASE_FLAGS, *flags]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env)
+def torchrun(processes, *flags, code=""):
+    """train.py in that many processes, or code that comes after its import."""
+    with temporary() as folder:
+        program = os.path.join(HERE, "train.py")
+        if code:
+            program = os.path.join(folder, "program.py")
+            with open(program, "w") as f:
+                f.write(f"import os, sys, torch\nsys.path.insert(0, {HERE!r})\nimport train\n")
+                f.write(code)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={processes}", program]
+        command += ["--data", shared_images(), *BASE_FLAGS, *flags]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 def test_any_number_of_processes_gives_the_same_run_also_when_it_changes_on_the_way():
@@ -1958,45 +1966,40 @@ def test_any_number_of_processes_gives_the_same_run_also_when_it_changes_on_the_
 
 
 def test_what_one_process_alone_meets_is_said():
+    code = """
+def getitem(self, item):
+    raise train.InputError("no such luck")
+if os.environ["RANK"] == "1":
+    train.TrainViews.__getitem__ = getitem
+train.main()"""
     with temporary() as folder:
-        program = os.path.join(folder, "faulty.py")
-        with open(program, "w") as f:
-            f.write(f"import os, sys\nsys.path.insert(0, {HERE!r})\nimport train\n"
-                    "def getitem(self, item): raise train.InputError('no such luck')\n"
-                    "if os.environ['RANK'] == '1': train.TrainViews.__getitem__ = getitem\n"
-                    "train.main()\n")
-        out = torchrun(2, *FLAGS, "--output", folder + "/o", program=program)
-        assert out.returncode != 0 and "train.py: process 1: no such luck" in out.stderr
-        assert "faulty.py\", line" not in out.stderr, out.stderr
+        out = torchrun(2, *FLAGS, "--output", folder + "/o", code=code)
+    assert out.returncode != 0 and "train.py: process 1: no such luck" in out.stderr
+    assert "program.py\", line" not in out.stderr, out.stderr
 
 
 def test_processes_end_without_an_abort():
     """A thread of gloo that frees a tensor needs Python's lock: if it has to wait until Python
     ends, as happens now and then on a busy machine and here always, that aborts the process."""
+    code = """
+def run(args, env, signals):
+    env.join()
+    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))
+    for _ in range(9):
+        train.dist.all_reduce(torch.ones(1), async_op=True)
+train.run = run
+sys.setswitchinterval(1000)
+train.main()"""
     with temporary() as folder:
-        program = os.path.join(folder, "end.py")
-        with open(program, "w") as f:
-            f.write(f"import sys, torch\nsys.path.insert(0, {HERE!r})\nimport train\n"
-                    "def run(args, env, signals):\n"
-                    "    env.join()\n"
-                    "    torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))\n"
-                    "    for _ in range(9):\n"
-                    "        train.dist.all_reduce(torch.ones(1), async_op=True)\n"
-                    "train.run = run\n"
-                    "sys.setswitchinterval(1000)\n"
-                    "train.main()\n")
-        out = torchrun(2, "--output", folder + "/o", program=program)
-        assert out.returncode == 0, out.stderr[:500]
+        out = torchrun(2, "--output", folder + "/o", code=code)
+    assert out.returncode == 0, out.stderr[:500]
 
 
 def test_processes_with_unlike_flags_are_refused():
+    code = "train.main(sys.argv[1:] + ['--log-every', '7'] * int(os.environ['RANK']))"
     with temporary() as folder:
-        program = os.path.join(folder, "unlike.py")
-        with open(program, "w") as f:
-            f.write(f"import os, sys\nsys.path.insert(0, {HERE!r})\nimport train\n"
-                    "train.main(sys.argv[1:] + ['--log-every', '7'] * int(os.environ['RANK']))\n")
-        out = torchrun(2, *FLAGS, "--output", folder + "/o", program=program)
-        assert out.returncode and "alike: all of them need the same flags" in out.stderr
+        out = torchrun(2, *FLAGS, "--output", folder + "/o", code=code)
+    assert out.returncode and "alike: all of them need the same flags" in out.stderr
     with patched(os, "environ", os.environ | {"SLURM_PROCID": "1"}), raises("one torchrun a node"):
         train.Environment("cpu", "off", 0)
 
