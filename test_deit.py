@@ -138,7 +138,7 @@ def test_attention_is_pytorchs_multihead_attention():
                             "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})
     x = torch.randn(B, N, D)
     expected = theirs(x, x, x, need_weights=False)[0]
-    for fused in (True, False, None):
+    for fused in (True, False):
         with patched(deit.Attention, "fused", fused):
             close(ours(x), expected)
             close(ours(x, 2), expected[:, :2])
@@ -299,11 +299,50 @@ def test_position_and_token_order():
     close(x[0, 2 + 7], proj.weight.sum((1, 2, 3)) + proj.bias)
 
 
-def test_patch_embedding_is_the_convolution_of_the_released_code():
+def test_patch_embedding_is_one_linear_map_of_each_patch():
     embed = deit.PatchEmbed(8, 24).double()
     images = torch.randn(2, 3, 32, 48).double()
-    for each in (images, images.contiguous(memory_format=torch.channels_last)):
-        close(embed(each), embed.proj(images).flatten(2).transpose(1, 2))
+    patches = F.unfold(images, 8, stride=8).transpose(1, 2)       # (2, 24, 3 * 8 * 8), row by row
+    close(embed(images), F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
+
+
+class Wrapper(torch.nn.Module):
+    """A layer without a `.weight`, as LoRA and quantization put in the place of a Linear."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = [layer]
+
+    def forward(self, x):
+        return self.layer[0](x)
+
+
+def test_every_layer_is_called_so_hooks_wrappers_and_pruning_reach_it():
+    from torch.nn.utils import prune
+    images, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    for mode in (True, False):
+        model, fired = deit.create_model(TI, **SMALL).train(mode), set()
+        leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
+        for name, module in leaves.items():
+            module.register_forward_hook(lambda *args, name=name: fired.add(name))
+        model(images)
+        assert leaves.keys() - fired == set()
+    model = deit.create_model(TI, **SMALL).eval()
+    wrapped = copy.deepcopy(model)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            wrapped.set_submodule(name, Wrapper(module))
+    close(wrapped(images), model(images), 0)
+    for module in model.train().modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+            prune.l1_unstructured(module, "weight", 0.3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        deit.distillation_loss(*model(images), y, torch.randn(2, 7)).backward()
+        optimizer.step()
+    qkv = model.blocks[-1].attn.qkv
+    assert qkv.weight_orig.grad.abs().max() > 0 and (qkv.weight == 0).float().mean() > 0.29
 
 
 def test_initial_weights_follow_the_released_code():
@@ -327,6 +366,14 @@ def test_drop_path_is_linear_over_depth_per_sample_and_keeps_the_mean():
     assert (y == y[:, :1, :1]).all(), "whole samples are dropped"
     assert abs(y.mean() - 1) < 0.02
     assert (block.eval().add(x, branch) == 1).all()
+    block = deit.Block(8, 2, drop_path=0.1).bfloat16()            # where 1/0.9 is 1.109
+    y = block.add(x.bfloat16(), branch.bfloat16() / 100).double()
+    assert y.max() == (torch.tensor(0.01).bfloat16().double() / 0.9).bfloat16()
+    x = torch.zeros(200000, 1, 1)
+    y = block.add(x, torch.linspace(0, 1, 200000).view(-1, 1, 1).bfloat16())
+    assert y.dtype == torch.float32 and abs(y.double().mean() - 0.5) < 2e-3
+    with raises("drop_path is 1"):
+        deit.create_model(TI, drop_path=1)
 
 
 def test_one_batch_is_learned_by_heart():
@@ -390,6 +437,16 @@ def test_combined_loss_weights_and_targets():
     close(loss(cls, dis, F.one_hot(y, 5).float(), t), (ce + hard) / 2)
     with torch.autocast("cpu", torch.bfloat16):
         assert loss(cls.bfloat16(), dis.bfloat16(), y, t.bfloat16(), "soft").dtype == torch.float32
+    half = [v.double().requires_grad_() for v in (cls, dis)]
+    for mode in ("hard", "soft"):
+        value = loss(*half, F.one_hot(y, 5).float(), t.double(), mode)
+        assert value.dtype == torch.float64
+        close(value, loss(cls, dis, y, t, mode).double())
+    close(deit.hard_distillation_loss(dis, t.argmax(1)), hard)    # labels instead of logits
+    for call in (lambda: loss(cls, dis, y, t[:, :3]), lambda: loss(cls, dis[:2], y, t, "none"),
+                 lambda: soft(dis, t[:, :3], 1.0), lambda: deit.hard_distillation_loss(dis, t[:1])):
+        with raises("do not match"):
+            call()
     with raises("none of hard, soft, none"):
         loss(cls, dis, y, t, "medium")
 
@@ -439,6 +496,32 @@ def test_official_and_timm_files_load_strictly_and_tell_their_architecture():
             deit.load_weights(deit.create_model(TI, num_classes=5, depth=3), path)
 
 
+def test_a_guess_is_said_and_a_backbone_gets_a_head():
+    with temporary() as folder:
+        path, said = os.path.join(folder, "w.pth"), []
+        torch.save(deit.create_model(TI, embed_dim=128, num_heads=4, depth=1).state_dict(), path)
+        assert deit.load_model(path, say=said.append).config["num_heads"] == 2
+        assert len(said) == 1 and "num_heads: 2 is guessed" in said[0]
+        assert deit.load_model(path, say=said.append, num_heads=4).config["num_heads"] == 4
+        photo = os.path.join(shared_images(), "val", "10", "0.JPEG")
+        assert "guessed" in quiet(deit.main, [photo, "--weights", path])[1]
+        assert "guessed" not in quiet(deit.main, [photo, "--weights", path, "--num-heads", "4"])[1]
+        state = deit.create_model("deit_tiny_patch16_224", depth=1).state_dict()
+        torch.save(state, path)
+        deit.load_model(path, say=said.append)
+        assert len(said) == 1, "published widths are silent"
+        backbone = {f"module.{k}": v for k, v in state.items() if not k.startswith("head")}
+        model = deit.create_model("deit_tiny_patch16_224", depth=1, num_classes=9)
+        deit.load_weights(model, backbone, say=said.append)       # in memory, with its prefix
+        assert "0 classes in head, not 9: it starts anew" in said[1]
+        assert torch.equal(model.norm.weight, state["norm.weight"]) and model.head.weight.std() > 0
+        torch.save({"model": backbone}, path)
+        assert deit.load_model(path, say=said.append, num_classes=3).head.weight.shape == (3, 192)
+        with raises("has 0 classes in head, not 5"):
+            deit.load_weights(deit.create_model("deit_tiny_patch16_224", depth=1, num_classes=5),
+                              path, new_heads=False)
+
+
 def test_files_of_torchvisions_odd_models_load():
     import torchvision
     with temporary() as folder:
@@ -460,17 +543,17 @@ def test_heads_of_another_class_count_start_anew_and_it_is_said():
     source, said = deit.create_model(TI, **SMALL), []
     model = deit.create_model(TI, **SMALL | {"num_classes": 4})
     deit.load_weights(model, source.state_dict(), say=said.append)
-    assert len(said) == 2 and "head_dist has 7 classes, not 4" in said[1]
+    assert len(said) == 2 and "7 classes in head_dist, not 4: it starts anew" in said[1]
     close(model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight, 0)
     assert model.head.weight.shape == (4, 32)
-    with raises("has 7 classes, not 4"):
+    with raises("has 7 classes in head, not 4"):
         deit.load_weights(model, source.state_dict(), new_heads=False)
     whole, twin = {"model": source.state_dict(), "classes": list("abcdefg")}, copy.deepcopy(source)
     torch.nn.init.zeros_(twin.head.weight)
     deit.load_weights(twin, whole, classes=list("abcdefg"), say=said.append)
     assert len(said) == 2 and torch.equal(twin.head.weight, source.head.weight)
     deit.load_weights(twin, whole, classes=list("ABCDEFG"), say=said.append)
-    assert "head_dist has other classes" in said[3]
+    assert "other classes in head_dist" in said[3]
     assert not torch.equal(twin.head.weight, source.head.weight)
 
 
@@ -549,9 +632,7 @@ def test_torchvisions_published_weights_start_a_model_with_new_heads():
         old_hub = torch.hub.get_dir()
         torch.hub.set_dir(cache)
         try:
-            crop = functools.partial(int, crop_size=32)
-            entry = types.SimpleNamespace(url=url + name, transforms=crop)
-            with patched(deit, "torchvision_weights", lambda name: [None, entry]):
+            with patched(deit, "released_url", lambda *names: url + name):
                 same_ = deit.load_model("regnet_demo")
                 images = torch.randn(2, 3, 32, 32)
                 close(same_(images), model.eval()(images))
@@ -559,20 +640,20 @@ def test_torchvisions_published_weights_start_a_model_with_new_heads():
                     "--data", shared_images(), "--model", "regnet_demo", "--pretrained", "--epochs",
                     "2", "--warmup-epochs", "1", "--batch-size", "12", "--lr", "2e-3", "--img-size",
                     "32", "--workers", "0", "--output", os.path.join(folder, "o")])
-                assert "1000 classes, not 3: it starts anew" in said
+                assert "1000 classes in fc, not 3: it starts anew" in said
                 with raises("leave out one", SystemExit):
                     run("--pretrained", "--finetune", path)
         finally:
             torch.hub.set_dir(old_hub)
         last = deit.read_checkpoint(os.path.join(folder, "o", "best.pt"))["model"]["stem.0.weight"]
         assert (last - model.state_dict()["stem.0.weight"]).abs().max() < 0.1
-    urls = {entry.name: entry.url for entry in deit.torchvision_weights("regnet_y_400mf")}
-    assert list(urls) == ["IMAGENET1K_V1", "IMAGENET1K_V2"]
-    assert deit.published("regnet_y_400mf")[0] == urls["IMAGENET1K_V2"]
-    assert deit.published("efficientnet_b1")[1]["config"]["img_size"] == 240
+    from torchvision.models import RegNet_Y_400MF_Weights as table
+    assert deit.released_url("regnet_y_400mf") == table.IMAGENET1K_V2.url
+    assert deit.released_url("regnet_y_400mf", "IMAGENET1K_V1") == table.IMAGENET1K_V1.url
+    assert deit.create_classifier("efficientnet_b1").config["img_size"] == 240
     for name in ("no_such_thing", "a/b.pt"):
         with raises("neither a file nor a URL nor a published name"):
-            deit.published(name)
+            deit.released_url(name)
 
 
 def test_a_broken_download_is_never_used_and_urls_do_not_mix():
@@ -744,7 +825,6 @@ def test_teacher_is_torchvisions_model_frozen_for_good():
     assert not any(m.training for m in teacher.modules())
     close(teacher(x), before, 0)
     assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()) == 0   # all folded
-    assert sum(isinstance(m, deit.ConvReLU) for m in teacher.modules()) == 33
     with torch.autocast("cpu", torch.bfloat16):
         half = teacher(x)
         assert (
@@ -760,6 +840,24 @@ def test_teacher_is_torchvisions_model_frozen_for_good():
     assert resnet.shape == (2, 10)
 
 
+def test_teachers_cast_copy_is_no_part_of_it_and_never_stale():
+    teacher, x = deit.load_teacher("regnet_demo", None, 7), torch.randn(2, 3, 32, 32)
+    keys = teacher.state_dict().keys()
+    other = deit.load_teacher("regnet_demo", None, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = teacher(x)
+        assert teacher.cast and teacher.state_dict().keys() == keys
+        twin = copy.deepcopy(teacher)
+        assert not twin.cast and teacher.cast
+        close(twin(x), before, 0)
+        for target in (teacher, teacher.model):
+            target.load_state_dict((other if target is teacher else twin.model).state_dict())
+            close(teacher(x), (other if target is teacher else twin)(x), 0)
+        assert not torch.equal(other(x), before) and twin.cast
+    assert teacher.to(torch.float64).cast == {}
+    assert teacher(x.double()).dtype == torch.float64
+
+
 def test_teacher_is_refused_when_it_does_not_fit():
     with raises("neither one of torchvision's classifiers"):
         deit.load_teacher("regnet_z", None)
@@ -770,7 +868,7 @@ def test_teacher_is_refused_when_it_does_not_fit():
     with temporary() as folder:
         path = os.path.join(folder, "t.pth")
         torch.save(deit.create_classifier("regnet_demo", 4).state_dict(), path)
-        with raises("has 4 classes, not 7"):
+        with raises("has 4 classes in fc, not 7"):
             deit.load_teacher("regnet_demo", path, 7)
         with raises("another architecture"):
             deit.load_teacher("regnet_y_400mf", path, 4)
@@ -798,8 +896,14 @@ def test_a_deit_can_teach():
         x = torch.randn(2, 3, 32, 32)
         close(teacher(x), model(x), 1e-6)
         assert teacher.classes == list("abcdefg")
-        with raises("no DeiT of 5 classes"):
+        with raises("has 7 classes in head, not 5"):
             deit.load_teacher(TI, path, 5)
+        base = TI.replace("tiny", "base")
+        with raises(f"holds a {TI}, not a {base}"):
+            deit.load_teacher(base, path, 7)
+        torch.save(deit.create_model(TI, num_classes=7).state_dict(), path)
+        with raises(f"t.pth is of another architecture than {base}: "):
+            deit.load_teacher(base, path, 7)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1510,7 +1614,7 @@ def test_bad_input_gets_one_sentence():
         (["--model", "deit_huge"], "neither one of torchvision's classifiers"),
         (["--model", "regnet_y_400mf", "--patch-size", "8"], "patch_size is for DeiT"),
         (["--teacher", "regnet_z"], "neither one of torchvision's classifiers"),
-        (["--teacher-weights", "IMAGENET1K_V9"], "neither a file nor one of"),
+        (["--teacher-weights", "IMAGENET1K_V9"], "neither a file nor a URL"),
         (
             ["--teacher", "regnet_y_400mf", "--teacher-weights", "IMAGENET1K_V2"],
             "have 3: train a teacher",
@@ -1632,7 +1736,8 @@ def test_a_demo_that_another_one_outran_takes_its_pictures():
 
 def test_command_lines_say_what_they_should():
     _, said = quiet(deit.main, [])
-    assert "5,910,800" in said and "(2, 198, 192)" in said and "(2, 2, 192)" in said
+    assert [line.split()[0] for line in said.splitlines()[1:]] == list(deit.VARIANTS)
+    assert "5,910,800" in said and "85.224" in said
     code = "import sys, deit; print([m for m in ('torchvision', 'PIL') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert "torchvision" not in out.stdout and "PIL" not in out.stdout, out
