@@ -93,7 +93,8 @@ class Attention(nn.Module):
     def forward(self, x, n=None):
         """x (B, N, D) -> (B, n, D): queries from the first n tokens, keys and values from all N."""
         q, k, v = self.split_heads(x, n)
-        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16   # there the kernel takes 3.6 x
+        # on a CPU in bfloat16 the kernel's backward pass is several times slower than the formula's
+        slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
         if self.fused and not slow:
             x = F.scaled_dot_product_attention(q, k, v)           # (B, h, n, d)
         else:
@@ -513,7 +514,8 @@ def read_checkpoint(source):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() or any(i.external_attr & 16 for i in archive.infolist()):
                     raise ValueError("a checksum does not match")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True,
+                             mmap=zipfile.is_zipfile(path))   # tensors are read when used
     except Exception as e:   # the readers of damaged files raise nearly anything
         if path != source:
             os.remove(path)   # half a download, perhaps: not to be found again
@@ -630,7 +632,8 @@ def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
         if model not in (None, config.get("name")):
             raise InputError(f"{source} holds a {config['name']}, not a {model}.")
         created = create_classifier(**config | overrides)
-        if classes and [type(c) for c in classes] != [str] * config.get("num_classes", len(classes)):
+        count = config.get("num_classes", len(classes or ()))
+        if classes and [type(c) for c in classes] != [str] * count:
             raise ValueError("classes")
     except InputError:
         raise

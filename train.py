@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Trains DeiT (deit.py) with its recipe: one bare loop for one CPU, one GPU, or many machines.
+"""Trains DeiT (deit.py) with the paper's recipe, on one CPU, one GPU or many machines.
 
   python train.py                                           the demo: some minutes, nothing needed
   python train.py --data DIR --model regnet_y_400mf         a teacher for your own classes
@@ -9,13 +9,13 @@
   python train.py --data DIR --eval runs/NAME/best.pt       validation accuracy by each head
   python train.py --data DIR --benchmark                    what limits a run, and its hours
 
-DIR holds train/<class>/<image> and val/<class>/<image>. The order of this file is the order of
-things: schedule, augmentation, data, evaluation, saving, flags, the training run, the demo.
+DIR holds train/<class>/<image> and val/<class>/<image>. The file goes from small to large:
+schedule, augmentation, data, processes, training step, evaluation, saving, run, flags, demo.
 
-Randomness is keyed, not stored: whatever is drawn comes from a generator made of (seed, epoch,
-image, view) in a loader worker, or of (seed, step, k) on the device, k being the micro-batch's
-place in the batch. So, for a given --micro-batch, neither the number of processes or workers nor an
-interruption changes a DeiT's run (a convnet's batch statistics depend on the processes).
+Random draws are keyed, not stored: each comes from a generator made from (seed, epoch, image, view)
+in a loader worker, or from (seed, step, k) on the device, where k is the micro-batch's place in the
+batch. So, for a given --micro-batch, neither the number of processes or workers nor an interruption
+changes a DeiT's run. (A convnet's batch statistics depend on the number of processes.)
 """
 import argparse
 import contextlib
@@ -28,56 +28,60 @@ import math
 import multiprocessing
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
 import sys
 import time
+import types
 import warnings
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 import deit
 from deit import InputError
 
 
 # ------------------------------------------------------------------------------------------------
-# Optimisation: the schedule and the parameter groups
+# Schedule, parameter groups, averaged weights
 # ------------------------------------------------------------------------------------------------
 
-def lr_at(step, peak, min_lr, warmup_steps, total_steps, start=1e-6):
-    """The learning rate of a step: linear from `start` to `peak`, then the cosine of step / total.
-    As released, the cosine runs over all steps, not over those after the warm-up."""
+def lr_at(step, peak_lr, min_lr, warmup_steps, total_steps, start=1e-6):
+    """Learning rate of a step: linear from `start` to `peak_lr`, then a cosine to `min_lr`. As
+    released, the cosine runs over all steps, not over those after the warm-up."""
     if step < warmup_steps:
-        return start + (peak - start) * step / warmup_steps
-    return min_lr + (peak - min_lr) * (1 + math.cos(math.pi * step / total_steps)) / 2
-
-
-def ema_decay_at(step, decay):
-    """The average's decay rises from 0.1: at first it forgets quickly, so that even a short run
-    leaves its random start behind."""
-    return min(decay, (1 + step) / (10 + step))
+        return start + (peak_lr - start) * step / warmup_steps
+    return min_lr + (peak_lr - min_lr) * (1 + math.cos(math.pi * step / total_steps)) / 2
 
 
 def parameter_groups(model, weight_decay):
-    """AdamW's two groups. As released: biases, norms, pos_embed and cls_token are not decayed, but
-    dist_token is (the list of exemptions of the time did not name it)."""
-    exempt = {n for n, p in model.named_parameters() if p.ndim <= 1} | {"pos_embed", "cls_token"}
+    """AdamW's two groups. As released: no decay of biases, norms, pos_embed and cls_token, but of
+    dist_token (the list of exemptions of the time did not name it)."""
     named = list(model.named_parameters())
-    return [{"params": [p for n, p in named if n not in exempt], "weight_decay": weight_decay},
-            {"params": [p for n, p in named if n in exempt], "weight_decay": 0.0}]
+    no_decay = {n for n, p in named if p.ndim <= 1} | {"pos_embed", "cls_token"}
+    return [{"params": [p for n, p in named if n not in no_decay], "weight_decay": weight_decay},
+            {"params": [p for n, p in named if n in no_decay], "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def update_ema(ema, model, step, decay):
+    """ema = d ema + (1 - d) model; buffers (batch statistics) are copied. d rises from 0.1 to
+    `decay`, so that even a short run forgets its random start."""
+    d = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
+    for ours, theirs in zip(ema.buffers(), model.buffers()):
+        ours.copy_(theirs)
 
 
 # ------------------------------------------------------------------------------------------------
 # Augmentation of one view, in a loader worker, on Pillow images (paper, table 9; timm's details)
 # ------------------------------------------------------------------------------------------------
 
-def keyed(*key):
+def rng_for(*key):
     """A random generator of its own for a key: the same key draws the same anywhere, any time."""
     return random.Random(repr(key))
 
@@ -143,8 +147,9 @@ def rand_augment(image, magnitude, rng):
     return image
 
 
-def train_view(image, size, magnitude, rng):
-    """One random view of an RGB image: crop and resize in one pass, flip, RandAugment."""
+def train_transform(image, size, magnitude, rng):
+    """One random view of an RGB image, (size, size): crop and resize in one pass, horizontal flip,
+    RandAugment (magnitude 0: none)."""
     view = image.resize((size, size), BICUBIC, box=crop_box(*image.size, rng))
     if rng.random() < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -152,8 +157,8 @@ def train_view(image, size, magnitude, rng):
 
 
 def erasing_box(size, probability, rng):
-    """RandomErasing's rectangle (top, left, height, width), all 0 for none: 2 % to 33 % of the
-    area, ratio 0.3 to 3.3. Drawn with the view; filled later, on the device."""
+    """RandomErasing's rectangle (top, left, height, width), zeros for none: 2 % to 33 % of the
+    area, ratio 0.3 to 3.3. Drawn with the view, filled on the device."""
     if rng.random() < probability:
         for _ in range(10):
             area = size * size * rng.uniform(0.02, 1 / 3)
@@ -170,7 +175,7 @@ def erasing_box(size, probability, rng):
 
 @functools.cache
 def mean_and_std(device):
-    """ImageNet's, for values 0..255, (1, 3, 1, 1) each, brought to the device once."""
+    """ImageNet's, for values 0..255, (1, 3, 1, 1) each, copied to the device once."""
     return [torch.tensor(v, device=device).view(1, 3, 1, 1) * 255
             for v in (deit.IMAGENET_MEAN, deit.IMAGENET_STD)]
 
@@ -183,8 +188,9 @@ def normalise(views, device):
 
 
 def erase(images, boxes):
-    """Fills each image's rectangle (boxes (B, 4), on the CPU) with Normal(0, 1), in place."""
-    rows = boxes[:, 2].nonzero()[:, 0]                                         # the R to be erased
+    """Fills each image's rectangle with Normal(0, 1), in place. images (B, 3, S, S); boxes (B, 4),
+    on the CPU, so that the device is not asked which images have one."""
+    rows = boxes[:, 2].nonzero()[:, 0]                                         # (R,)
     if len(rows) == 0:
         return images
     boxes, rows = (t.to(images.device, non_blocking=True) for t in (boxes[rows], rows))
@@ -202,9 +208,10 @@ def smooth_targets(labels, num_classes, smoothing):
     return F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
 
 
-def mix(images, targets, mixup, cutmix, rng):
-    """Mixup (arXiv 1710.09412) or CutMix (1905.04899), each half the time when both are on: one
-    lambda, one box; everyone's partner is the batch read backwards. Targets mix alike."""
+def mixup_or_cutmix(images, targets, mixup, cutmix, rng):
+    """Mixup (arXiv 1710.09412) or CutMix (1905.04899), each half the time when both are on. One
+    lambda and one box per micro-batch; partner = the micro-batch in reverse order. images
+    (B, 3, S, S) and targets (B, K) are mixed alike."""
     if not (mixup or cutmix):
         return images, targets
     if cutmix and (not mixup or rng.random() < 0.5):
@@ -221,64 +228,65 @@ def mix(images, targets, mixup, cutmix, rng):
 
 
 # ------------------------------------------------------------------------------------------------
-# Data: the list of images in one array, which view is when, and what a loader worker does
+# Data: the list of images in one array, which view comes when, what a loader worker does
 # ------------------------------------------------------------------------------------------------
 
-SUFFIXES = tuple(s.encode() for s in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm",
-                                      ".pgm", ".tif", ".tiff"))
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 
 
-def number_of(data):
-    """Bytes -> a number below 2**56 that stands for them, the same in every process and run."""
+def stable_hash(data):
+    """Bytes -> a number below 2**56, the same in every process and run."""
     return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
 
 
 class ImageFolder:
     """The images of root/<class>/*, sorted as text by class and name, without hidden files.
 
-    Names are held in one array, not in a Python list, whose reference counts would copy it into
-    every worker. classes: the list that numbers them (None: this folder's own). part: only images
-    whose file name, hashed to 0..1, lies in this range, whatever is beside them. Raises InputError.
+    File names are held in one array: a Python list of a million names would be copied into every
+    worker by its reference counts. classes: the list that numbers the classes (None: this folder's
+    own). part: only images whose hashed name, in 0..1, lies in this range. Raises InputError.
     """
 
     def __init__(self, root, classes=None, part=(0, 1)):
         if not os.path.isdir(root):
             raise InputError(f"there is no folder {root}: give --data a folder that holds "
-                             "train/<class>/<image> and val/<class>/<image>, or --val-fraction "
-                             "if it holds class folders only.")
-        found = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
-        if not found:
+                             "train/<class>/<image> and val/<class>/<image>, or --val-fraction if "
+                             "it holds class folders only.")
+        self.root, self.part = root, part
+        self.folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
+        if not self.folders:
             raise InputError(f"{root} holds no class folders: put the images of each class into a "
                              "folder of its own.")
         names, counts = [], []
-        for name in found:
-            files = os.listdir(os.fsencode(os.path.join(root, name)))
-            files = [f for f in files if f.lower().endswith(SUFFIXES) and f[:1] != b"."]
-            if part != (0, 1):
-                files = [f for f in files if part[0] <= number_of(f) / 2**56 < part[1]]
-            names += sorted(files)
+        for folder in self.folders:
+            files = self.list_images(folder)
+            names += files
             counts.append(len(files))
         if not names:
             chosen = "" if part == (0, 1) else "among those that --val-fraction chooses "
-            raise InputError(f"{root} holds no images {chosen}"
-                             f"({' '.join(s.decode() for s in SUFFIXES)}).")
-        self.root, self.classes, self.folders = root, found, found
-        self.labels = np.repeat(np.arange(len(counts)), counts).astype(np.int32)
-        self.first = np.cumsum([0, *counts])   # image of each folder, and the end
+            raise InputError(f"{root} holds no images {chosen}({' '.join(SUFFIXES)}).")
+        self.first = np.cumsum([0, *counts])   # first image of each folder, and the end
         self.starts = np.cumsum([0] + [len(n) for n in names])
         self.names = np.frombuffer(b"".join(names), np.uint8)
-        if classes is not None:
-            self.renumber(classes)
+        self.renumber(classes or self.folders)
+
+    def list_images(self, folder):
+        """Sorted file names, as bytes, of the images in a class folder."""
+        files = os.listdir(os.path.join(self.root, folder))
+        files = (os.fsencode(f) for f in sorted(files)
+                 if f.lower().endswith(SUFFIXES) and f[0] != ".")
+        low, high = self.part
+        return [f for f in files if self.part == (0, 1) or low <= stable_hash(f) / 2**56 < high]
 
     def renumber(self, classes):
-        """Labels by another list of classes, in which this folder's must be found."""
+        """Labels by another list of classes, which must hold all of this folder's."""
         strange = sorted(set(self.folders) - set(classes))
         if strange:
             raise InputError(f"{self.root} has classes that training does not know: "
                              f"{', '.join(strange[:3])} ({len(strange)} in all).")
         number = {name: i for i, name in enumerate(classes)}
         table = np.array([number[name] for name in self.folders], np.int32)
-        self.classes, self.labels = list(classes), table[self.labels]
+        self.classes, self.labels = list(classes), table.repeat(np.diff(self.first))
 
     def __len__(self):
         return len(self.labels)
@@ -286,192 +294,459 @@ class ImageFolder:
     def fingerprint(self):
         """A number that tells this list of images from others."""
         parts = (self.names, self.starts, self.first, os.fsencode("/".join(self.folders)))
-        return number_of(b"".join(map(bytes, parts)))
+        return stable_hash(b"".join(map(bytes, parts)))
 
-    def neighbours(self, i):
-        """The range of the images in the folder of image i, and the folder's name."""
+    def folder_of(self, i):
+        """Name of the folder of image i, and the range of its images."""
         k = int(self.first.searchsorted(i, "right")) - 1
-        return self.first[k], self.first[k + 1], self.folders[k]
+        return self.folders[k], self.first[k], self.first[k + 1]
 
     def path(self, i):
-        name = self.names[self.starts[i]:self.starts[i + 1]].tobytes()
-        folder = os.path.join(self.root, self.neighbours(i)[2])
-        return os.path.join(os.fsencode(folder), name)
+        name = os.fsdecode(self.names[self.starts[i]:self.starts[i + 1]].tobytes())
+        return os.path.join(self.root, self.folder_of(i)[0], name)
 
     def open(self, i):
         """Image i as RGB. Raises whatever Pillow raises, which is more than OSError."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # broken EXIF, palettes: not the reader's concern
-            with Image.open(self.path(i)) as image:
+            warnings.simplefilter("ignore")   # broken EXIF, palettes: not the user's concern
+            with Image.open(os.fsencode(self.path(i))) as image:
                 return deit.to_rgb(image)
 
-    def can_open(self, i):
+    def why_unreadable(self, i):
+        """Pillow's reason, "" if image i can be read."""
         try:
-            return bool(self.open(i))
-        except Exception:   # Pillow raises OSError, SyntaxError, ValueError and many more
-            return False
+            self.open(i)
+            return ""
+        except Exception as e:   # OSError, SyntaxError, ValueError and many more
+            return f"{type(e).__name__}: {e}".splitlines()[0]
 
 
 class TrainSampler:
-    """This process's micro-batches, one item each, from step `start` to the last.
+    """Micro-batches of this rank, from step `start` on, without end.
 
-    The batch of a step is `batch` views in `batch // micro` micro-batches, numbered by k; process r
-    of w does k = r, r + w, ... An epoch holds as many views as there are images, less the last
-    incomplete batch; view v is the (v mod repeats)th of image order[v // repeats] (repeated
-    augmentation: a third of the images, three views each, in the same batch where it fits).
+    A step's batch is batch_size views in micro-batches numbered by k; rank r of w takes k = r,
+    r + w, ... An epoch holds as many views as there are images, less the last incomplete batch;
+    view v is number v % repeats of image order[v // repeats] (repeated augmentation: a third of the
+    images, three views each, in the same batch where it fits).
     """
 
-    def __init__(self, images, batch, micro, repeats, seed, rank, world, start, stop):
-        self.images, self.batch, self.micro, self.repeats = images, batch, micro, repeats
-        self.seed, self.rank, self.world, self.start, self.stop = seed, rank, world, start, stop
-
-    def __len__(self):
-        return (self.stop - self.start) * (self.batch // self.micro // self.world)
+    def __init__(self, images, cfg, processes, start=0):
+        self.images, self.batch, self.micro = images, cfg.batch_size, cfg.micro_batch
+        self.repeats, self.seed, self.start = cfg.repeats, cfg.seed, start
+        self.ks = range(processes.rank, self.batch // self.micro, processes.world_size)
 
     def __iter__(self):
-        epoch = None
-        for step in range(self.start, self.stop):
-            previous, (epoch, at) = epoch, divmod(step, self.images // self.batch)
-            if epoch != previous:
+        epoch_steps = max(1, self.images // self.batch)   # 1: a benchmark on less than a batch
+        order, order_epoch = None, None
+        for step in itertools.count(self.start):
+            epoch = step // epoch_steps
+            if epoch != order_epoch:
                 order = np.random.default_rng([self.seed, epoch]).permutation(self.images)
-            for k in range(self.rank, self.batch // self.micro, self.world):
-                v = at * self.batch + k * self.micro + np.arange(self.micro)
-                yield epoch, step, k, order[v // self.repeats], v % self.repeats
+                order_epoch = epoch
+            for k in self.ks:
+                v = step % epoch_steps * self.batch + k * self.micro + np.arange(self.micro)
+                images = order[v // self.repeats % self.images]
+                yield epoch, step, k, images, v % self.repeats
 
 
-class TrainViews:
-    """Item (epoch, step, k, images (m,), views (m,)) of the sampler -> a whole micro-batch: uint8
-    views (m, S, S, 3), labels (m,), erasing boxes (m, 4), and the images that could not be read.
+class TrainDataset:
+    """Item (epoch, step, k, images (m,), views (m,)) of the sampler -> a micro-batch: uint8 views
+    (m, S, S, 3), labels (m,), erasing boxes (m, 4), and {image: reason} of unreadable ones.
 
-    Consecutive views of one image come from one decoding. They are spread over the micro-batch by
-    key, so that they are mixed with strangers. For a broken image the next of its class stands in.
+    Views of one image that follow each other come from one decoding. They are spread over the
+    micro-batch by key, so that they are mixed with other images. The next image of the class stands
+    in for an unreadable one.
     """
 
-    def __init__(self, folder, size, seed, magnitude, erasing):
-        self.folder, self.size, self.seed = folder, size, seed
-        self.magnitude, self.erasing = magnitude, erasing
+    def __init__(self, folder, cfg):
+        self.folder, self.size, self.seed = folder, cfg.img_size, cfg.seed
+        self.magnitude, self.erasing = cfg.randaugment, cfg.erasing
 
-    def decode(self, i, broken):
-        """Image i, or the next one of its class that can be read; adds what can not to `broken`."""
-        start, stop, name = self.folder.neighbours(i)
+    def decode(self, i, unreadable):
+        """Image i or the next of its class that can be read; reasons are added to unreadable."""
+        name, start, stop = self.folder.folder_of(i)
         for j in itertools.chain(range(i, stop), range(start, i)):
             try:
                 return self.folder.open(j)
-            except Exception:   # Pillow raises OSError, SyntaxError, ValueError and many more
-                broken.append(j)
+            except Exception:
+                unreadable[j] = self.folder.why_unreadable(j)
         raise InputError(f"no image of class {name} in {self.folder.root} can be read.")
 
     def __getitem__(self, item):
         epoch, step, k, images, numbers = item
         m, S = len(images), self.size
         views, boxes = np.empty((m, S, S, 3), np.uint8), np.zeros((m, 4), np.int64)
-        places = keyed(self.seed, "places", step, k).sample(range(m), m)
-        broken, last = [], None
+        places = rng_for(self.seed, "places", step, k).sample(range(m), m)
+        unreadable, last = {}, None
         for place, i, number in zip(places, images.tolist(), numbers.tolist()):
             if i != last:
-                image, last = self.decode(i, broken), i
-            rng = keyed(self.seed, epoch, i, number)
-            views[place] = train_view(image, S, self.magnitude, rng)
+                image, last = self.decode(i, unreadable), i
+            rng = rng_for(self.seed, epoch, i, number)
+            views[place] = train_transform(image, S, self.magnitude, rng)
             boxes[place] = erasing_box(S, self.erasing, rng)
         labels = np.empty(m, np.int64)
         labels[places] = self.folder.labels[images]
-        broken = np.array(broken, np.int64)
-        return tuple(map(torch.from_numpy, (views, labels, boxes, broken)))
+        return *map(torch.from_numpy, (views, labels, boxes)), unreadable
 
 
-class EvalViews:
-    """Item (S, indices (m,), labels (m,)) -> uint8 central views (m, S, S, 3) and the labels, -1
-    where an image is broken, which no answer matches."""
+class EvalDataset:
+    """Item (S, images (m,), labels (m,)) -> uint8 central views (m, S, S, 3), labels (m,), -1 where
+    an image is unreadable, which no prediction matches, and {image: reason} of those."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def __getitem__(self, item):
-        size, indices, labels = item
-        views, labels = np.zeros((len(indices), size, size, 3), np.uint8), labels.astype(np.int64)
-        for place, i in enumerate(indices.tolist()):
+        size, images, labels = item
+        views, labels = np.zeros((len(images), size, size, 3), np.uint8), labels.astype(np.int64)
+        unreadable = {}
+        for place, i in enumerate(images.tolist()):
             try:
                 views[place] = deit.center_view(self.folder.open(i), size)
-            except Exception:   # never substituted: it counts as wrong
-                labels[place] = -1
-        return torch.from_numpy(views), torch.from_numpy(labels)
+            except Exception as e:   # never replaced: it counts as wrong
+                labels[place], unreadable[i] = -1, f"{type(e).__name__}: {e}".splitlines()[0]
+        return torch.from_numpy(views), torch.from_numpy(labels), unreadable
 
 
 def outlive_signals(worker):
-    """Ctrl-C and a cluster's SIGTERM reach all processes at once: the workers serve the main one
-    for 30 more seconds, in which it finishes its step, and end without an error of their own."""
+    """Ctrl-C and a cluster's SIGTERM reach all processes at once. The workers serve the main one
+    for 30 more seconds, in which it finishes its step and saves, then end without an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):   # not on Windows
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
         signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
 
 
-def start_workers(dataset, items, env):
-    """A loader of whole batches, and its first iterator: the workers run from now on, for all later
-    iterators too. They are started before the processes are joined, since to fork among the threads
-    of a process group can hang."""
+def make_loader(dataset, items, processes):
+    """A loader of whole micro-batches and its first iterator. Its workers run from now on, for all
+    later iterators too: they are forked before the process group is joined, since forking among the
+    group's threads can hang."""
     chosen = multiprocessing.get_start_method(allow_none=True)
-    context = "fork" if env.workers and sys.platform == "linux" and not chosen else None
+    fork = processes.workers and sys.platform == "linux" and not chosen
     loader = torch.utils.data.DataLoader(
-        dataset, sampler=items, batch_size=None, num_workers=env.workers,
-        persistent_workers=env.workers > 0, pin_memory=env.device.type == "cuda",
-        worker_init_fn=outlive_signals, multiprocessing_context=context)
+        dataset, sampler=items, batch_size=None, num_workers=processes.workers,
+        persistent_workers=processes.workers > 0, pin_memory=processes.device.type == "cuda",
+        worker_init_fn=outlive_signals, multiprocessing_context="fork" if fork else None)
     return loader, iter(loader)
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes: where this one runs, and all that they tell one another
+# ------------------------------------------------------------------------------------------------
+
+class Processes:
+    """This process's rank, device, precision and loader workers; every collective of the program is
+    a method here. One process is a world of size 1. Raises InputError for an unusable device."""
+
+    def __init__(self, device=None, amp="auto", workers=None):
+        def variable(name, default):
+            return int(os.environ.get(name) or default)
+
+        self.launched = bool(os.environ.get("RANK"))   # by torchrun, with one process too
+        self.rank, self.world_size = variable("RANK", 0), variable("WORLD_SIZE", 1)
+        self.local_rank, local_size = variable("LOCAL_RANK", 0), variable("LOCAL_WORLD_SIZE", 1)
+        self.device = self.choose_device(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")   # TF32 where float32 is left
+            torch.backends.cudnn.benchmark = True
+            # cuDNN's attention gave NaN gradients in public reports; flash is as fast
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        types_ = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+        self.amp = self.best_precision() if amp == "auto" else types_[amp]
+        self.precision = str(self.amp or torch.float32).removeprefix("torch.")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.workers = max(1, min(16, cores // local_size)) if workers is None else workers
+        self.signal = 0   # number of the last one that came, see caught_signals
+
+    def choose_device(self, name):
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
+        name = name or best
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(f"--device {name}, but PyTorch finds no CUDA here: take --device cpu, "
+                             "or install a driver and a CUDA build of PyTorch.")
+        try:
+            device = torch.device(f"cuda:{self.local_rank}" if name == "cuda" else name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as e:
+            raise InputError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from e
+        return device
+
+    def best_precision(self):
+        """bfloat16 where the hardware has it, else float16 on CUDA, else None: float32."""
+        if self.device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+        if self.device.type == "cpu":   # elsewhere it is emulated
+            for has in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+                if hasattr(torch.cpu, has) and getattr(torch.cpu, has)():
+                    return torch.bfloat16
+        return None
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+    def print0(self, text, end="\n"):
+        """Prints on rank 0; in a terminal it clears what a longer line left."""
+        if self.rank == 0:
+            print(("\x1b[K" if sys.stdout.isatty() else "") + text, end=end, flush=True)
+
+    def join(self):
+        """Under torchrun the processes become a group, otherwise nothing happens."""
+        if self.launched:
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend)
+
+    def leave(self):
+        """Ends the group. Then waits: gloo's threads outlive it, and one that is still busy when
+        Python exits aborts a finished run."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            time.sleep(0.2)
+
+    def sum(self, tensor):
+        """The tensor's sum over all processes, as a new tensor."""
+        tensor = tensor.clone()
+        if dist.is_initialized():
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, number):
+        """The largest of the processes' numbers: what one of them wants, all do."""
+        if not dist.is_initialized():
+            return number
+        number = torch.tensor(number)
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return number.item()
+
+    def gather(self, thing):
+        """The list of all processes' things (plain values), by rank."""
+        things = [thing]
+        if dist.is_initialized():
+            things = [None] * self.world_size
+            dist.all_gather_object(things, thing)
+        return things
+
+    def check_same(self, **facts):
+        """Raises InputError, with the fact's name, unless all processes have the same facts."""
+        for rank, others in enumerate(self.gather(facts)):
+            for name in facts:
+                if others[name] != facts[name]:
+                    raise InputError(f"the processes do not start alike: {name} is {facts[name]} "
+                                     f"on rank {self.rank}, {others[name]} on rank {rank}; give "
+                                     "all of them the same flags, data and --output.")
+
+    def main_process_first(self, load):
+        """Runs load() on local rank 0 first, then on the others, so a download happens once per
+        node."""
+        for turn in (0, 1):
+            if turn == (self.local_rank > 0):
+                result = load()
+            self.max(0)   # wait
+        return result
+
+
+@contextlib.contextmanager
+def caught_signals(processes):
+    """SIGTERM (pre-emption) and SIGINT (Ctrl-C) are only noted in processes.signal: the loop saves
+    and stops. The fourth one ends the program at once."""
+    count, former = itertools.count(1), {}
+
+    def note(number, frame):
+        processes.signal = number
+        if next(count) > 3:
+            os._exit(128 + number)
+
+    with contextlib.suppress(ValueError):   # not in the main thread: as by default
+        for number in (signal.SIGTERM, signal.SIGINT):
+            former[number] = signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+# ------------------------------------------------------------------------------------------------
+# One training step, and all that it changes
+# ------------------------------------------------------------------------------------------------
+
+class State:
+    """Training state: everything here changes in a run and is saved in a checkpoint.
+
+    model: the raw network (saved, evaluated); net: the same, compiled and wrapped (trained); ema:
+    averaged weights, or None. totals: sums over this epoch and this process's micro-batches: loss,
+    share of views that agree with the teacher, micro-batches, skipped steps (in float64, where the
+    order of additions does not matter). data_time: seconds spent waiting for views.
+    """
+
+    def __init__(self, model, cfg, processes):
+        self.model = model.to(processes.device)
+        self.net = torch.compile(model) if cfg.compile else model
+        if dist.is_initialized():
+            self.net = torch.nn.parallel.DistributedDataParallel(
+                self.net, gradient_as_bucket_view=True)
+            self.net.broadcast_buffers = False   # batch statistics are averaged before a save
+        self.ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema_decay else None
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(model, cfg.weight_decay), lr=cfg.peak_lr,
+            fused=processes.device.type in ("cuda", "cpu"))
+        self.scaler = torch.amp.GradScaler(processes.device.type,
+                                           enabled=processes.amp == torch.float16)
+        self.step, self.best, self.log = 0, -1.0, []
+        wide = torch.float32 if processes.device.type == "mps" else torch.float64
+        self.totals = torch.zeros(4, dtype=wide, device=processes.device)
+        self.bad_in_a_row = torch.zeros((), device=processes.device)   # steps, see check_finite
+        self.unreadable, self.data_time = {}, 0.0
+
+    def evaluated(self):
+        """{name: network} of what is evaluated: the model and its average."""
+        return {"model": self.model} | ({"ema": self.ema} if self.ema else {})
+
+    def average(self, processes):
+        """The processes' batch statistics (of convnets only) become their mean, their lists of
+        unreadable images the union."""
+        for each in self.evaluated().values():
+            for buffer in each.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(processes.sum(buffer) / processes.world_size)
+        for unreadable in processes.gather(self.unreadable):
+            self.unreadable = self.unreadable | unreadable
+
+    def state_dict(self, processes):
+        """What a checkpoint holds of it. Called by all processes."""
+        self.average(processes)
+        return {"model": self.model.state_dict(), "ema": self.ema and self.ema.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "step": self.step, "best": self.best, "log": self.log,
+                "totals": processes.sum(self.totals).tolist(),
+                "unreadable": sorted(self.unreadable)}
+
+    def load_state_dict(self, saved, processes, train):
+        self.model.load_state_dict(saved["model"])
+        if self.ema:
+            self.ema.load_state_dict(saved["ema"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if saved["scaler"]:   # empty when it was not fp16 before
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.best, self.log = saved["step"], saved["best"], saved["log"]
+        if processes.rank == 0:
+            self.totals += torch.tensor(saved["totals"], dtype=self.totals.dtype)
+        reasons = {i: train.why_unreadable(i) for i in saved["unreadable"]}   # mended since?
+        self.unreadable = {i: reason for i, reason in reasons.items() if reason}
+
+
+    def count(self, loss, dist_logits, teacher_logits):
+        """Adds a micro-batch to the totals, on the device. One whose loss overflows in fp16, where
+        its step is skipped, is not counted; otherwise it shows in the totals."""
+        one, agree = torch.ones_like(loss), torch.zeros_like(loss)
+        if teacher_logits is not None:
+            agree = (dist_logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
+        counted = loss.isfinite() if self.scaler.is_enabled() else one.bool()
+        self.totals[:3] += torch.where(counted, torch.stack([loss, agree, one]), 0)
+
+
+def ask(teacher, images, processes):
+    """The teacher's logits (m, K) on images (m, 3, S, S) under autocast; None without teacher."""
+    with processes.autocast():
+        return teacher(images) if teacher else None
+
+
+def pair(output):
+    """What a model in training returned, as (class logits, distillation logits)."""
+    return output if isinstance(output, tuple) else (output, output)
+
+
+def train_step(state, teacher, batches, cfg, processes):
+    """One optimizer step over this process's micro-batches: `batches` yields them. Nothing is read
+    back from the device, so that it never waits for the host."""
+    device, net, micro_batches = processes.device, state.net, cfg.batch_size // cfg.micro_batch
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr_at(state.step, cfg.peak_lr, cfg.min_lr, cfg.warmup_steps, cfg.total_steps)
+    for k in range(processes.rank, micro_batches, processes.world_size):
+        asked = time.perf_counter()
+        views, labels, boxes, unreadable = next(batches)
+        state.data_time += time.perf_counter() - asked
+        state.unreadable |= unreadable
+        # augmentation of the micro-batch
+        rng = rng_for(cfg.seed, "device", state.step, k)
+        torch.manual_seed(rng.getrandbits(63))   # of erasing's noise and drop path
+        images = erase(normalise(views, device), boxes)                        # (m, 3, S, S)
+        labels = labels.to(device, non_blocking=True)
+        targets = smooth_targets(labels, cfg.num_classes, cfg.smoothing)       # (m, K)
+        images, targets = mixup_or_cutmix(images, targets, cfg.mixup, cfg.cutmix, rng)
+        # the teacher sees exactly the student's pixels
+        teacher_logits = ask(teacher, images, processes)                       # (m, K)
+        if dist.is_initialized():   # gradients are averaged over the processes once per step
+            net.require_backward_grad_sync = k + processes.world_size >= micro_batches
+        with processes.autocast():
+            cls_logits, dist_logits = pair(net(images))                        # (m, K) each
+        loss = deit.distillation_loss(cls_logits, dist_logits, targets, teacher_logits,
+                                      cfg.distillation, cfg.alpha, cfg.tau)
+        state.scaler.scale(loss / cfg.grad_accum_steps).backward()
+        state.count(loss.detach(), dist_logits, teacher_logits)
+    state.scaler.unscale_(state.optimizer)
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if cfg.clip_grad:
+        torch.nn.utils.clip_grads_with_norm_(parameters, cfg.clip_grad, norm)
+    state.bad_in_a_row = torch.where(norm.isfinite(), 0, state.bad_in_a_row + 1)
+    state.totals[3] += (state.bad_in_a_row > 0) / processes.world_size
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    if state.ema:
+        update_ema(state.ema, state.model, state.step, cfg.ema_decay)
+    state.step += 1
 
 
 # ------------------------------------------------------------------------------------------------
 # Evaluation: every image once, whatever the number of processes
 # ------------------------------------------------------------------------------------------------
 
-def all_sum(tensor):
-    """The tensor's sum over the processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
 @torch.no_grad()
-def evaluate(models, loader, indices, size, batch, env, signals=()):
-    """Accuracy in percent of each of the models {name: module} on images of the loader's folder,
-    {name: {"cls", "dist", "both": top-1, "cls5", "dist5", "both5": top-5}}, and how many were
-    unreadable. Each process takes its share of the images, in batches; once a signal has come, the
-    rest is left out."""
-    mine, numbers = indices[env.rank::env.world], loader.dataset.folder.labels
+def evaluate(models, loader, images, size, batch, processes):
+    """Accuracy of several models by one decoding. models: {name: network}; images: indices into the
+    loader's folder. Returns {name: {"cls", "dist", "both": top-1 in percent, "cls5", "dist5",
+    "both5": top-5}} and {image: reason} of the unreadable ones, which count as wrong. Once a signal
+    has come, the rest is left out."""
+    device, labels = processes.device, loader.dataset.folder.labels
+    mine = images[processes.rank::processes.world_size]
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-    loader.sampler[:] = [(size, part, numbers[part]) for part in parts]   # its workers' next items
-    was_training = [model.training for model in models.values()]
-    # right answers (models, heads: cls dist both, top-1 top-5); the last row's first: unreadable
-    counts = torch.zeros(len(models) + 1, 3, 2, device=env.device)
-    for views, labels in loader:
-        if signals:
+    loader.sampler[:] = [(size, part, labels[part]) for part in parts]   # the workers' next items
+    training = [model.training for model in models.values()]
+    hits = torch.zeros(len(models), 3, 2, device=device)   # model; cls, dist, both; top-1, top-5
+    unreadable = {}
+    for views, labels, reasons in loader:
+        if processes.signal:
             break
-        images, labels = normalise(views, env.device), labels.to(env.device)[:, None]
-        counts[-1, 0, 0] += (labels < 0).sum()
-        for row, model in zip(counts, models.values()):
+        unreadable |= reasons
+        views, labels = normalise(views, device), labels.to(device, non_blocking=True)[:, None]
+        for row, model in zip(hits, models.values()):
             model.eval()
-            with env.autocast():
-                cls_logits, dist_logits = (x.float() for x in deit.both_heads(model, images))
-            both = (cls_logits + dist_logits) / 2
-            for cell, logits in zip(row, (cls_logits, dist_logits, both)):
-                hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels     # (B, 5)
-                cell += torch.stack([hits[:, 0].sum(), hits.sum()])
-    for model, mode in zip(models.values(), was_training):
+            with processes.autocast():
+                cls_logits, dist_logits = (x.float() for x in deit.both_heads(model, views))
+            heads = torch.stack([cls_logits, dist_logits, (cls_logits + dist_logits) / 2])
+            top = heads.topk(min(5, heads.shape[2]), dim=2).indices == labels  # (3, B, 5)
+            row += torch.stack([top[..., 0].sum(1), top.sum((1, 2))], dim=1)   # (3, 2)
+    for model, mode in zip(models.values(), training):
         model.train(mode)
-    counts = all_sum(counts).tolist()
-    scores = {name: {head + top: 100 * row[i][j] / len(indices)
-                     for i, head in enumerate(("cls", "dist", "both"))
-                     for j, top in enumerate(("", "5"))}
-              for name, row in zip(models, counts)}
-    return scores, int(counts[-1][0][0])
+    scores = {}
+    for name, row in zip(models, processes.sum(hits).tolist()):
+        scores[name] = {head + top: 100 * row[i][j] / len(images)
+                        for i, head in enumerate(("cls", "dist", "both"))
+                        for j, top in enumerate(("", "5"))}
+    for reasons in processes.gather(unreadable):
+        unreadable |= reasons
+    return scores, unreadable
 
 
 # ------------------------------------------------------------------------------------------------
-# Saving
+# Saving, and going on from a save
 # ------------------------------------------------------------------------------------------------
 
-def write_atomically(path, write, keep=None):
+def save(path, write, keep=None):
     """write(file) into a file beside `path`, onto the disk, then renamed: `path` is always whole.
-    What was there before is kept as `keep`. Raises OSError; what was there is then still there,
+    The file that was there is kept as `keep`. Raises OSError; what was there is then still there,
     perhaps as `keep`."""
     try:
         with open(path + ".tmp", "wb") as f:
@@ -481,40 +756,576 @@ def write_atomically(path, write, keep=None):
         if keep and os.path.exists(path):
             os.replace(path, keep)
         os.replace(path + ".tmp", path)
-    except (OSError, RuntimeError) as e:   # torch.save wraps a failing write into a RuntimeError
+    except (OSError, RuntimeError) as e:   # torch.save turns a failing write into a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(path + ".tmp")
         raise OSError(f"{path} could not be written ({str(e).splitlines()[0]})") from e
 
 
-def write_log(path, log):
-    """The epochs' records, one JSON line each."""
-    write_atomically(path, lambda f: f.write("".join(json.dumps(r) + "\n" for r in log).encode()))
+def save_log(cfg, log):
+    """log.jsonl: one line per epoch."""
+    lines = "".join(json.dumps(record) + "\n" for record in log)
+    save(cfg.paths["log.jsonl"], lambda f: f.write(lines.encode()))
 
 
-def read_last(paths, say):
-    """The first of the checkpoints that is whole, and its path; None, None if there is no file."""
-    there, reasons = [path for path in paths if os.path.exists(path)], []
-    for path in there:
+def check_finite(state, total_loss, cfg):
+    """Raises InputError if loss or gradients are not finite; fp16's scaler skips such steps, but 20
+    in a row are too many."""
+    limit = 20 if state.scaler.is_enabled() else 0
+    if not math.isfinite(total_loss) or state.bad_in_a_row > limit:
+        raise InputError(f"loss or gradients are not finite at step {state.step}, loss "
+                         f"{total_loss:.3g}, lr {state.optimizer.param_groups[0]['lr']:.2e}: try "
+                         "--amp off (or bf16), --clip-grad 1 or a lower --lr; the last good save "
+                         f"in {cfg.output} is kept.")
+
+
+def save_state(state, cfg, processes, is_best=False):
+    """Writes best.pt if is_best (without what only going on needs), then last.pt (the former
+    becomes last.prev.pt) and log.jsonl. Called by all processes, written by rank 0. A failure is
+    said and the run goes on. Returns 0 if all was written, 1 if best.pt alone, 2 if nothing."""
+    checkpoint = state.state_dict(processes)
+    check_finite(state, checkpoint["totals"][0], cfg)
+    checkpoint |= {"epoch": state.step // cfg.epoch_steps, "config": state.model.config,
+                   "classes": cfg.classes, "flags": cfg.flags, "preprocessing": {
+                       "size": cfg.img_size, "crop_ratio": deit.CROP_RATIO,
+                       "interpolation": "bicubic", "mean": list(deit.IMAGENET_MEAN),
+                       "std": list(deit.IMAGENET_STD)}}
+    missing = 0
+    if processes.rank == 0:
         try:
-            return deit.read_checkpoint(path), path
+            missing = 2
+            if is_best:
+                best = checkpoint | dict.fromkeys(("ema", "optimizer", "scaler"))
+                save(cfg.paths["best.pt"], lambda f: torch.save(best, f))
+            missing = 1
+            save(cfg.paths["last.pt"], lambda f: torch.save(checkpoint, f),
+                 cfg.paths["last.prev.pt"])
+            save_log(cfg, state.log)
+            missing = 0
+        except OSError as e:
+            processes.print0(f"not saved      {e}; the former save stands")
+    return processes.max(missing)
+
+
+def read_last(paths, processes):
+    """last.pt or, if that is damaged or gone, last.prev.pt; None if there is neither. Raises
+    InputError if none can be used."""
+    reasons = []
+    for path in (paths["last.pt"], paths["last.prev.pt"]):
+        try:
+            if os.path.exists(path):
+                return deit.read_checkpoint(path)
         except InputError as e:
             reasons.append(str(e))
-            say(f"unusable       {e}")
-    if there:
+            processes.print0(f"unusable       {e}")
+    if reasons:
         raise InputError(" ".join(reasons) + " Choose another --output to start anew.")
-    return None, None
+    return None
 
 
-# These flags may differ when a run is resumed, for they do not change its result; those in the
-# second set do, but they are what gets a run going again that diverged or met a smaller memory.
-FREE_FLAGS = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
-              "save_minutes", "compile", "tensorboard"}
-REMEDIES = {"lr", "min_lr", "clip_grad", "amp", "micro_batch"}
+# What may differ when a run is resumed: where and how it runs, and what does not change its result
+# once there is a save. Then the remedies for a run that diverged or met a smaller memory.
+FREE = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
+        "save_minutes", "tensorboard", "finetune", "pretrained"}
+REMEDIES = {"lr", "min_lr", "clip_grad", "amp", "micro_batch", "compile"}
+
+
+def check_resume(saved, cfg, processes):
+    """Raises InputError unless the checkpoint is the beginning of a run with this configuration.
+    Prints each remedy that was changed."""
+    path = saved["source"]
+    if not {"flags", "classes", "optimizer", "step", "totals"} <= saved.keys() or (
+            saved["optimizer"] is None):
+        raise InputError(f"{path} is no save to go on from (best.pt and saves of other versions "
+                         "are not): choose another --output, and start from its weights with "
+                         "--finetune.")
+    before = vars(parse([])) | saved["flags"] | {"classes": saved["classes"]}
+    now = cfg.flags | {"classes": cfg.classes}
+    changed = [f for f in now if f not in FREE and now[f] != before.get(f)]
+    fixed = [f for f in changed if f not in REMEDIES]
+    if fixed:
+        raise InputError(f"{path} is of a run with other {', '.join(fixed)}: give the same again, "
+                         "or another --output.")
+    for f in changed:
+        processes.print0(f"changed        --{f.replace('_', '-')} from {before.get(f)} to {now[f]}")
+    processes.print0(f"resumed        {path}, {saved['step']} of {cfg.total_steps} steps done")
 
 
 # ------------------------------------------------------------------------------------------------
-# Flags
+# The run: configuration, model and teacher, the loop
+# ------------------------------------------------------------------------------------------------
+
+def load_images(args):
+    """The training and the validation images. Raises InputError."""
+    where = [os.path.join(args.data, name) for name in ("train", "val")]
+    if args.val_fraction:
+        for folder in where:
+            if os.path.isdir(folder):
+                raise InputError(f"there is a folder {folder}, but --val-fraction is for class "
+                                 "folders that lie in DIR itself: leave it out, or give the folder "
+                                 "that they are in.")
+        train = ImageFolder(args.data, part=(args.val_fraction, 1))
+        val = ImageFolder(args.data, train.classes, (0, args.val_fraction))
+    else:
+        train = ImageFolder(where[0])
+        val = ImageFolder(where[1], train.classes)
+    empty = [name for name, count in zip(train.folders, np.diff(train.first)) if count == 0]
+    if empty:
+        beside = " beside those of --val-fraction" if args.val_fraction else ""
+        raise InputError(f"{os.path.join(train.root, empty[0])} holds no images to train on"
+                         f"{beside}: add some, or remove the folder ({len(empty)} such in all).")
+    if len(train.classes) < 2:
+        raise InputError(f"{train.root} holds one class only, {train.classes[0]}: there is no "
+                         "choice to learn.")
+    return train, val
+
+
+def output_paths(args):
+    """The output folder, and {name: path} of its files."""
+    output = args.output or os.path.join("runs", args.model)
+    names = "last.pt", "last.prev.pt", "best.pt", "log.jsonl"
+    return output, {name: os.path.join(output, name) for name in names}
+
+
+def distillation_mode(args):
+    """hard, soft or none. Raises InputError if it does not fit the model."""
+    is_distilled = args.model in deit.VARIANTS and deit.VARIANTS[args.model][3]
+    mode = args.distillation or ("hard" if is_distilled else "none")
+    if is_distilled and mode == "none":
+        raise InputError(f"{args.model} learns from a teacher: without one (--distillation none) "
+                         f"take --model {args.model.replace('distilled_', '')}.")
+    return mode
+
+
+def make_config(args, processes, train, val, saved=None):
+    """One checked configuration from the flags: every flag, with what follows where it was not
+    given, and what is derived from them. saved: the checkpoint to go on from, whose micro-batch is
+    the default. cfg.flags is what a checkpoint keeps of it. Raises InputError."""
+    cfg = types.SimpleNamespace(**vars(args))
+    cfg.output, cfg.paths = output_paths(args)
+    cfg.distillation, cfg.none_is_given = distillation_mode(args), args.distillation == "none"
+    cfg.img_size = args.img_size or deit.VARIANTS.get(args.model, (0, 0, 224))[2]
+    cfg.classes, cfg.num_classes = train.classes, len(train.classes)
+    # the batch
+    batch, world_size = args.batch_size, processes.world_size
+    former = saved.get("flags", {}).get("micro_batch") if saved else None
+    micro = args.micro_batch or former or max(1, min(128, batch // world_size))
+    if batch < micro * world_size or batch % (micro * world_size):
+        nearest = max(1, round(batch / (micro * world_size))) * micro * world_size
+        fitting = [m for m in range(1, micro) if batch % (m * world_size) == 0]
+        smaller = f"--micro-batch {fitting[-1]} or " if fitting else ""
+        raise InputError(f"--batch-size {batch} is not processes x micro-batch x an integer "
+                         f"({world_size} x {micro} x n): take {smaller}--batch-size {nearest}.")
+    if len(train) < batch and not args.benchmark:
+        raise InputError(f"{train.root} holds {len(train)} images, fewer than a batch of {batch}: "
+                         "lower --batch-size.")
+    cfg.micro_batch, cfg.grad_accum_steps = micro, batch // (micro * world_size)
+    # the schedule
+    cfg.peak_lr = args.lr * batch / 512
+    if args.min_lr is None:
+        cfg.min_lr = 1e-5 if cfg.peak_lr > 1e-5 else cfg.peak_lr / 10
+    if args.warmup_epochs is None:
+        cfg.warmup_epochs = min(5.0, args.epochs / 5)
+    if cfg.peak_lr < cfg.min_lr:
+        raise InputError(f"the peak learning rate, {args.lr} x {batch} / 512 views, is below "
+                         f"--min-lr {args.min_lr}: raise --lr or lower --min-lr.")
+    cfg.epoch_steps = max(1, len(train) // batch)
+    cfg.total_steps = args.epochs * cfg.epoch_steps
+    cfg.warmup_steps = round(cfg.warmup_epochs * cfg.epoch_steps)
+    cfg.flags = {f: getattr(cfg, f) for f in vars(args)} | {
+        "training images": train.fingerprint(), "validation images": val.fingerprint()}
+    return cfg
+
+
+def make_loaders(train_images, val_images, cfg, processes, step=0):
+    """The validation's loader and the iterator of the training's micro-batches from a step on."""
+    val_loader, _ = make_loader(EvalDataset(val_images), [], processes)
+    sampler = TrainSampler(len(train_images), cfg, processes, step)
+    return val_loader, make_loader(TrainDataset(train_images, cfg), sampler, processes)[1]
+
+
+def must_accept(model, name, size):
+    """The model, if it takes images of that size (a torchvision transformer takes one only)."""
+    mode = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise InputError(f"{name} takes no images of {size} px ({str(e).splitlines()[0]}).") from e
+    return model.train(mode)
+
+
+def make_model(cfg):
+    """The model to train, with random weights from the seed."""
+    names = "img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path"
+    given = {f: getattr(cfg, f) for f in names if getattr(cfg, f) is not None}
+    if cfg.model in deit.VARIANTS:
+        given = {"drop_path": 0.1} | given
+    torch.manual_seed(rng_for(cfg.seed, "weights").getrandbits(63))
+    model = deit.create_classifier(cfg.model, cfg.num_classes, **given)
+    return must_accept(model, cfg.model, cfg.img_size)
+
+
+def make_teacher(cfg, processes):
+    """The frozen teacher on the device; None when nothing is to be learned from one. Raises
+    InputError, also for flags of a teacher that would teach nothing."""
+    if cfg.distillation == "none":
+        for flag in ("teacher", "teacher_weights", "alpha", "tau"):
+            if getattr(cfg, flag) != getattr(parse([]), flag) and not cfg.none_is_given:
+                raise InputError(f"--{flag.replace('_', '-')} is given, but {cfg.model} learns "
+                                 "from a teacher only with --distillation hard or soft: add it, or "
+                                 "drop both.")
+        return None
+    weights = None if cfg.teacher_weights == "none" else cfg.teacher_weights
+    teacher = processes.main_process_first(lambda: deit.load_teacher(
+        cfg.teacher, weights, cfg.num_classes, img_size=cfg.img_size))
+    must_accept(teacher, cfg.teacher, cfg.img_size)
+    if teacher.classes not in (None, cfg.classes):
+        raise InputError(f"the teacher {weights} was trained on other classes than {cfg.data}'s: "
+                         f"{', '.join(teacher.classes[:3])}, ...; train one on these.")
+    return teacher.to(processes.device)
+
+
+def try_teacher(teacher, val_loader, cfg, processes):
+    """Prints the teacher's accuracy on some validation images; refuses one that knows nothing."""
+    val = val_loader.dataset.folder
+    some = np.unique(np.linspace(0, len(val) - 1, 512).astype(np.int64))
+    scores, _ = evaluate({"it": teacher}, val_loader, some, cfg.img_size, cfg.micro_batch,
+                         processes)
+    accuracy, chance = scores["it"]["cls"], 1 / cfg.num_classes
+    processes.print0(f"teacher        {cfg.teacher} {cfg.teacher_weights}, {accuracy:.1f} % right "
+                     f"on {len(some)} validation images")
+    bound = chance + 2 * math.sqrt(chance * (1 - chance) / len(some))   # two standard errors
+    if cfg.teacher_weights != "none" and accuracy / 100 <= bound < 0.9:   # else too few to tell
+        raise InputError(f"the teacher is right on {accuracy:.1f} % of {len(some)} validation "
+                         "images, no better than chance: its classes are in another order than "
+                         f"{cfg.data}'s, or it is not trained.")
+
+
+def make_board(cfg, state, processes):
+    """TensorBoard's writer on rank 0 with --tensorboard, else None. Raises InputError."""
+    if not cfg.tensorboard or processes.rank:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as e:
+        raise InputError(f"{e}: pip install tensorboard, or leave out --tensorboard.") from e
+    return SummaryWriter(cfg.output, purge_step=len(state.log) + 1, flush_secs=1)
+
+
+def clock(seconds):
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def print_start(state, cfg, train, val, processes):
+    decayed, rest = ([p.numel() for p in g["params"]] for g in state.optimizer.param_groups)
+    processes.print0(
+        f"model          {cfg.model}, {sum(decayed) + sum(rest):,} parameters, {cfg.img_size} px\n"
+        f"data           {len(train)} training and {len(val)} validation images of "
+        f"{cfg.num_classes} classes\n"
+        f"batch          {cfg.batch_size} views = {processes.world_size} processes x "
+        f"{cfg.micro_batch} micro-batch x {cfg.grad_accum_steps} accumulated; {cfg.repeats} views "
+        f"an image\n"
+        f"schedule       {cfg.epochs} epochs of {cfg.epoch_steps} steps, lr {cfg.peak_lr:.3g} "
+        f"after {cfg.warmup_steps} steps of warm-up, then down to {cfg.min_lr:.3g}\n"
+        f"weight decay   {cfg.weight_decay} on {len(decayed)} tensors ({sum(decayed):,}), none on "
+        f"{len(rest)} ({sum(rest):,})\n"
+        f"distillation   {cfg.distillation}\n"
+        f"running on     {processes.device}, {processes.precision}, {processes.workers} loader "
+        f"workers, torch {torch.__version__}, output in {cfg.output}")
+
+
+def print_step(state, cfg, times, processes):
+    """The live line: here, and nowhere else between saves, the device is asked for values."""
+    loss, _, micro_batches, _ = processes.sum(state.totals).tolist()
+    loss /= max(1, micro_batches)
+    check_finite(state, loss, cfg)
+    now, at = time.perf_counter(), state.step - len(state.log) * cfg.epoch_steps
+    pace = (now - times.run) / (state.step - times.first_step)   # seconds, evaluation included
+    live = sys.stdout.isatty()
+    if live or at < cfg.epoch_steps:   # else the epoch's line follows at once
+        processes.print0(
+            f"epoch {len(state.log) + 1} step {at}/{cfg.epoch_steps}  loss {loss:.3f}  lr "
+            f"{state.optimizer.param_groups[0]['lr']:.2e}  {cfg.batch_size / pace:.0f} img/s  "
+            f"waiting for data {100 * state.data_time / (now - times.epoch):.0f} %  "
+            f"{clock(pace * (cfg.total_steps - state.step))} left ", end="\r" if live else "\n")
+
+
+def epoch_line(r):
+    """A record of the log as one aligned line."""
+    ema = f"  ema {r['ema_both']:5.2f}" if "ema_both" in r else ""
+    agreement = f"  agreement {r['agreement']:4.1f}" if "agreement" in r else ""
+    unreadable = f"  {r['unreadable']} unreadable" if r["unreadable"] else ""
+    skipped = f"  {r['skipped_steps']} steps skipped" if r.get("skipped_steps") else ""
+    return (f"epoch {r['epoch']:3d}  loss {r['train_loss']:6.3f}  top-1 % of {r['val_images']}: "
+            f"class {r['cls']:5.2f}  dist {r['dist']:5.2f}  both {r['both']:5.2f}{ema}{agreement}"
+            f"{unreadable}{skipped}  {r['img_per_s']:.0f} img/s  {clock(r['seconds'])}")
+
+
+def print_unreadable(unreadable, folder, what, processes):
+    """One line with the count, and the first three names with Pillow's words."""
+    if unreadable:
+        first = "; ".join(f"{folder.path(i)!r} ({unreadable[i]})" for i in sorted(unreadable)[:3])
+        processes.print0(f"unreadable     {len(unreadable)} {what}: {first}")
+
+
+def save_if_due(state, cfg, processes, late=False):
+    """Saves if rank 0 is late with a save, or if a signal has come to any process, which then ends
+    the program. Returns whether it saved."""
+    due = processes.max(2 * processes.signal + late)   # both in one exchange
+    if not due:
+        return False
+    missing = save_state(state, cfg, processes)
+    if due > 1:
+        processes.print0(f"stopped        by {signal.Signals(due // 2).name} after step "
+                         f"{state.step}, {'NOT saved' if missing else 'saved'} in {cfg.output}: "
+                         "--resume goes on")
+        raise SystemExit(128 + due // 2)
+    return True
+
+
+def end_epoch(state, cfg, times, train_images, val_loader, processes):
+    """Evaluates, adds a record to the log, saves. Returns what save_state returned."""
+    seconds, val_images = time.perf_counter() - times.epoch, val_loader.dataset.folder
+    state.average(processes)
+    scores, bad_val = evaluate(state.evaluated(), val_loader, np.arange(len(val_images)),
+                               cfg.img_size, cfg.micro_batch, processes)
+    save_if_due(state, cfg, processes)   # a signal cut the evaluation short: --resume repeats it
+    loss, agreed, micro_batches, skipped = processes.sum(state.totals).tolist()
+    record = {"epoch": len(state.log) + 1, "step": state.step,
+              "lr": lr_at(state.step - 1, cfg.peak_lr, cfg.min_lr, cfg.warmup_steps,
+                          cfg.total_steps), "train_loss": loss / max(1, micro_batches)}
+    for name, prefix in (("model", ""), ("ema", "ema_")):
+        if name in scores:
+            record |= {prefix + key: scores[name][key] for key in ("cls", "dist", "both")}
+    if cfg.distillation != "none":
+        record["agreement"] = 100 * agreed / max(1, micro_batches)
+    if state.scaler.is_enabled():
+        record["skipped_steps"] = round(skipped)
+    steps = state.step - max(times.first_step, state.step - cfg.epoch_steps)
+    record |= {"val_images": len(val_images), "unreadable": len(state.unreadable) + len(bad_val),
+               "img_per_s": steps * cfg.batch_size / seconds, "waiting": state.data_time / seconds,
+               "seconds": time.perf_counter() - times.epoch}
+    processes.print0(epoch_line(record))
+    state.log.append(record)
+    former, state.best = state.best, max(record["both"], state.best)
+    state.totals.zero_()
+    state.data_time = 0.0
+    missing = save_state(state, cfg, processes, is_best=state.best > former)
+    if missing == 2:
+        state.best = former   # so that the next good epoch is kept
+    print_unreadable(state.unreadable, train_images,
+                     "training images, others of their class stand in", processes)
+    print_unreadable(bad_val, val_images, "validation images, counted as wrong", processes)
+    if len(state.unreadable) > len(train_images) / 100:
+        raise InputError(f"{len(state.unreadable)} of {len(train_images)} training images cannot "
+                         "be read, more than 1 %: mend those named above, then --resume.")
+    return missing
+
+
+def train(args, processes):
+    """Trains args.model on args.data; returns the log, one record per epoch. Once a signal has
+    come, saves and exits. Raises InputError."""
+    output, paths = output_paths(args)
+    if not args.resume and any(map(os.path.exists, paths.values())):
+        raise InputError(f"{output} holds a run: add --resume to go on with it, or choose another "
+                         "--output.")
+    saved = read_last(paths, processes) if args.resume else None
+    if saved is None and os.path.exists(paths["best.pt"]):
+        raise InputError(f"{output} holds best.pt, but no last.pt to go on from: move it away, or "
+                         "choose another --output.")
+    train_images, val_images = load_images(args)
+    cfg = make_config(args, processes, train_images, val_images, saved)
+    if saved:
+        check_resume(saved, cfg, processes)
+        if processes.rank == 0:
+            save_log(cfg, saved["log"])
+        if len(saved["log"]) == cfg.epochs:
+            processes.print0(f"finished       nothing left to do, best top-1 {saved['best']:.2f} %")
+            return saved["log"]
+
+    # Workers are forked first. They get the checkpoint's step, not its tensors: read_checkpoint
+    # maps these from the disk, and they are read below.
+    step = saved["step"] if saved else 0
+    val_loader, batches = make_loaders(train_images, val_images, cfg, processes, step)
+    processes.join()
+    processes.check_same(step=step, device=processes.device.type, precision=processes.precision, **{
+        f: value for f, value in cfg.flags.items() if f not in FREE or f == "log_every"})
+
+    model = make_model(cfg)
+    initial = cfg.model if cfg.pretrained else cfg.finetune
+    if initial and not saved:
+        processes.main_process_first(lambda: deit.load_weights(
+            model, initial, classes=cfg.classes, say=processes.print0))
+    state = State(model, cfg, processes)
+    if saved:
+        state.load_state_dict(saved, processes, train_images)
+        if saved["source"] == paths["last.prev.pt"] and processes.rank == 0:
+            with contextlib.suppress(FileNotFoundError):   # damaged: it must not become the next
+                os.replace(paths["last.pt"], paths["last.pt"] + ".damaged")         # last.prev.pt
+    del saved
+    teacher = make_teacher(cfg, processes)
+    if teacher:
+        try_teacher(teacher, val_loader, cfg, processes)
+        if cfg.compile:
+            teacher.compile()   # only now: its first call made the copy in autocast's type
+    print_start(state, cfg, train_images, val_images, processes)
+    if processes.rank == 0:
+        os.makedirs(output, exist_ok=True)
+    board = make_board(cfg, state, processes)
+    if step == 0 and save_state(state, cfg, processes):
+        raise InputError(f"nothing can be saved in {output}: make room, or choose another "
+                         "--output.")
+    train_epochs(state, teacher, batches, cfg, train_images, val_loader, board, processes)
+    return state.log
+
+
+def train_epochs(state, teacher, batches, cfg, train_images, val_loader, board, processes):
+    """The loop: steps, and after each epoch evaluation, record, save. Raises InputError."""
+    now = time.perf_counter()
+    times = types.SimpleNamespace(run=now, epoch=now, save=now, first_step=state.step)
+    state.model.train()
+    while len(state.log) < cfg.epochs:
+        while state.step < (len(state.log) + 1) * cfg.epoch_steps:
+            train_step(state, teacher, batches, cfg, processes)
+            at = state.step - len(state.log) * cfg.epoch_steps
+            if at % cfg.log_every == 0 or at == cfg.epoch_steps:
+                print_step(state, cfg, times, processes)
+            late = processes.rank == 0 and time.perf_counter() - times.save > 60 * cfg.save_minutes
+            if save_if_due(state, cfg, processes, late):
+                times.save = time.perf_counter()
+        missing = end_epoch(state, cfg, times, train_images, val_loader, processes)
+        times.epoch = times.save = time.perf_counter()
+        if board:
+            for key, value in state.log[-1].items():
+                board.add_scalar(key, value, len(state.log))
+    if missing:
+        raise InputError(f"the run is done, but its last save in {cfg.output} failed: make room "
+                         "and add --resume, which repeats what is missing.")
+    processes.print0(f"finished       in {clock(time.perf_counter() - times.run)}, best top-1 "
+                     f"{state.best:.2f} %")
+
+
+# ------------------------------------------------------------------------------------------------
+# The commands --eval and --benchmark
+# ------------------------------------------------------------------------------------------------
+
+def run_eval(args, processes):
+    """--eval: accuracies of a checkpoint on DATA/val (or the --val-fraction of DATA), by each head.
+    Returns them. Raises InputError."""
+    root, part = os.path.join(args.data, "val"), (0, 1)
+    if args.val_fraction:
+        root, part = args.data, (0, args.val_fraction)
+    folder = ImageFolder(root, part=part)
+    loader, _ = make_loader(EvalDataset(folder), [], processes)
+    processes.join()
+    given = {f: getattr(args, f) for f in ("img_size", "num_heads") if getattr(args, f) is not None}
+    model = processes.main_process_first(
+        lambda: deit.load_model(args.eval, say=processes.print0, **given))
+    known, size = model.config["num_classes"], model.config["img_size"]
+    model = must_accept(model, args.eval, size).to(processes.device)
+    folder.renumber(model.classes or folder.classes)
+    if known != len(folder.classes):
+        raise InputError(f"{args.eval} knows {known} classes, {folder.root} has "
+                         f"{len(folder.classes)}.")
+    scores, unreadable = evaluate({"it": model}, loader, np.arange(len(folder)), size,
+                                  args.micro_batch or 128, processes)
+    processes.print0(f"{args.eval}: {len(folder)} images at {size} px, {processes.precision}")
+    print_unreadable(unreadable, folder, "images, counted as wrong", processes)
+    titles = {"cls": "class head", "dist": "distillation head", "both": "both"}
+    for key in titles if getattr(model, "num_tokens", 1) == 2 else ("cls",):
+        processes.print0(f"  {titles[key]:18s} top-1 {scores['it'][key]:6.3f} %   top-5 "
+                         f"{scores['it'][key + '5']:6.3f} %")
+    return scores["it"]
+
+
+def measure_rate(processes, work, views, warm_up=1, seconds=8):
+    """Views per second of all processes together; work() handles `views` of this process."""
+    for _ in range(warm_up):
+        work()
+    done, start = 0, time.perf_counter()
+    while done == 0 or processes.max(int(time.perf_counter() - start < seconds)):
+        work()
+        if processes.device.type != "cpu":
+            torch.accelerator.synchronize()
+        done += 1
+    rate = torch.tensor(done * views / (time.perf_counter() - start), dtype=torch.float64)
+    return processes.sum(rate).item()
+
+
+def peak_memory_mib(device):
+    """Largest memory so far: of the device, or of this process; nan where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:   # Windows
+        return math.nan
+    unit = 2**20 if sys.platform == "darwin" else 2**10   # bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def run_benchmark(args, processes):
+    """--benchmark: times the loader, the teacher, the run's own train_step on one batch again and
+    again, the same with the loader, and validation; prints a table and, as the last line, a JSON
+    object. Rates are views per second of all processes. Nothing is saved. Raises InputError."""
+    train_images, val_images = load_images(args)
+    cfg = make_config(args, processes, train_images, val_images)
+    val_loader, batches = make_loaders(train_images, val_images, cfg, processes)
+    processes.join()
+    state = State(make_model(cfg), cfg, processes)
+    teacher = make_teacher(cfg, processes)
+    state.model.train()
+    micro, mine = cfg.micro_batch, cfg.batch_size // processes.world_size
+    ready = 2 * processes.workers + 1   # micro-batches that may wait finished: never counted
+
+    rate = functools.partial(measure_rate, processes)
+    loader_rate = rate(lambda: next(batches), micro, warm_up=ready)
+    batch = next(batches)
+    fixed = teacher_rate = None
+    if teacher:
+        images = normalise(batch[0], processes.device)
+        fixed = ask(teacher, images, processes)   # its first call makes the copy in autocast's type
+        if cfg.compile:
+            teacher.compile()
+        teacher_rate = rate(lambda: ask(teacher, images, processes), micro)
+    again = itertools.repeat(batch)
+    no_cost = teacher and (lambda images: fixed)   # its answer, without its forward pass
+    student_rate = rate(lambda: train_step(state, no_cost, again, cfg, processes), mine)
+    for _ in range(ready):
+        next(batches)
+    step_rate = rate(lambda: train_step(state, teacher, batches, cfg, processes), mine, warm_up=0)
+    some = np.arange(min(len(val_images), 4 * micro * processes.world_size))
+    val_rate = rate(lambda: evaluate(state.evaluated(), val_loader, some, cfg.img_size, micro,
+                                     processes), len(some) / processes.world_size)
+    device_rate = 1 / (1 / student_rate + (1 / teacher_rate if teacher else 0))
+    seconds = cfg.epoch_steps * cfg.batch_size / step_rate + len(val_images) / val_rate
+    result = {"loader_img_per_s": loader_rate, "teacher_img_per_s": teacher_rate,
+              "student_img_per_s": student_rate, "step_img_per_s": step_rate,
+              "validation_img_per_s": val_rate,
+              "peak_memory_mib": peak_memory_mib(processes.device),
+              "projected_hours": cfg.epochs * seconds / 3600,
+              "workers_needed": math.ceil(max(1, processes.workers) * device_rate / loader_rate)}
+    rows = {f"loader, {processes.workers} workers": loader_rate,
+            f"teacher {cfg.teacher}": teacher_rate, "validation": val_rate,
+            f"student {cfg.model}, with its step": student_rate, "all of it": step_rate}
+    processes.print0(f"{processes.world_size} processes on {processes.device}, "
+                     f"{processes.precision}, {cfg.img_size} px, micro-batch {micro}, torch "
+                     f"{torch.__version__}")
+    for title, value in rows.items():
+        processes.print0(f"  {title:56s}" + (f"{value:9.1f} img/s" if value else "     none"))
+    slowest = "the loader" if loader_rate < device_rate else "the teacher" if (
+        teacher and teacher_rate < student_rate) else "the student"
+    processes.print0(f"bottleneck: {slowest}; the device takes {device_rate:.1f} img/s, which "
+                     f"{result['workers_needed']} workers a process keep busy\n"
+                     f"projected: {result['projected_hours']:.1f} hours for {cfg.epochs} epochs of "
+                     f"{len(train_images)} images; peak memory {result['peak_memory_mib']:.0f} MiB")
+    processes.print0(json.dumps(result))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags: the paper's values are the defaults
 # ------------------------------------------------------------------------------------------------
 
 def parse(argv):
@@ -546,12 +1357,12 @@ def parse(argv):
     add("--pretrained", "short for --finetune with the model's own name", action="store_true")
 
     add = group("distillation")
-    add("--distillation", "what is learned from the teacher: its choice (hard), its probabilities "
-        "(soft), nothing [hard for a distilled model, none for others]",
+    add("--distillation", "what is learned from the teacher: its prediction (hard), its "
+        "probabilities (soft), nothing [hard for a distilled model, none for others]",
         choices=["hard", "soft", "none"])
     add("--teacher", "a torchvision classifier or a DeiT", "regnet_y_16gf", metavar="NAME")
-    add("--teacher-weights", "torchvision's name, a file, or none for random ones", "IMAGENET1K_V2",
-        metavar="W")
+    add("--teacher-weights", "torchvision's name, a file or URL, or none for random ones",
+        "IMAGENET1K_V2", metavar="W")
     add("--alpha", "weight of the distillation loss [0.5 hard, 0.1 soft]", type=float, metavar="X")
     add("--tau", "temperature of soft distillation", 3.0, float, metavar="X")
 
@@ -561,8 +1372,10 @@ def parse(argv):
     add("--micro-batch", "views in one forward pass, which are mixed together [128, or batch / "
         "processes if that is less]", type=int, metavar="N")
     add("--lr", "peak learning rate, per 512 views", 5e-4, float, metavar="X")
-    add("--min-lr", "floor of the cosine", 1e-5, float, metavar="X")
-    add("--warmup-epochs", "of linear warm-up from 1e-6", 5.0, float, metavar="N")
+    add("--min-lr", "floor of the cosine [1e-5, or a tenth of a peak below that]", type=float,
+        metavar="X")
+    add("--warmup-epochs", "of linear warm-up from 1e-6 [5, or a fifth of a short run]", type=float,
+        metavar="N")
     add("--weight-decay", "of AdamW", 0.05, float, metavar="X")
     add("--smoothing", "of the true labels", 0.1, float, metavar="X")
     add("--clip-grad", "largest gradient norm, 0: off", 0.0, float, metavar="X")
@@ -596,7 +1409,7 @@ def parse(argv):
 
 
 def check(args):
-    """Refuses impossible numbers."""
+    """Raises InputError for impossible numbers."""
     rules = (
         ("epochs batch_size micro_batch repeats log_every tau lr img_size patch_size embed_dim "
          "depth num_heads", lambda x: 0 < x < math.inf, "it must be above 0"),
@@ -605,8 +1418,8 @@ def check(args):
         ("smoothing erasing alpha", lambda x: 0 <= x <= 1, "it must lie in 0..1"),
         ("drop_path ema_decay val_fraction", lambda x: 0 <= x < 1, "it must lie in 0..1, below 1"),
         ("randaugment", lambda x: 0 <= x <= 10, "it must lie in 0..10"),
-        ("warmup_epochs", lambda x: args.eval or x < args.epochs, "it must be shorter than the run "
-         f"of {args.epochs} epochs"))
+        ("warmup_epochs", lambda x: x < args.epochs, "it must be shorter than the run of "
+         f"{args.epochs} epochs"))
     for names, holds, what in rules:
         for name in names.split():
             value = getattr(args, name)
@@ -614,700 +1427,6 @@ def check(args):
                 raise InputError(f"--{name.replace('_', '-')} is {value}: {what}.")
     if args.pretrained and args.finetune:
         raise InputError(f"--pretrained means --finetune {args.model}: leave out one of the two.")
-
-
-# ------------------------------------------------------------------------------------------------
-# The training run
-# ------------------------------------------------------------------------------------------------
-
-class Environment:
-    """Where this process runs: its rank in the world, device, precision, loader workers."""
-
-    def __init__(self, device, amp, workers):
-        self.rank, self.world, self.local_rank, self.local_world = (
-            int(os.environ.get(name, default)) for name, default in
-            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-        if int(os.environ.get("SLURM_PROCID", 0)) > 0 and "RANK" not in os.environ:
-            raise InputError("srun started several processes that do not know of one another: "
-                             "let it start one torchrun a node, which starts one process a GPU (or "
-                             "unset SLURM_PROCID if these are separate runs).")
-        best = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
-        name = device or best
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(f"--device {name}, but PyTorch finds no CUDA here: take --device cpu, "
-                             "or install a driver and a CUDA build of PyTorch.")
-        try:
-            self.device = torch.device(f"cuda:{self.local_rank}" if name == "cuda" else name)
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as e:
-            raise InputError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from e
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")   # TF32 where float32 is left
-            torch.backends.cudnn.benchmark = True
-        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}.get(amp)
-        if amp == "auto":
-            self.amp = self.best_precision()
-        self.precision = str(self.amp or torch.float32)[6:]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.workers = max(1, min(16, cores // self.local_world)) if workers is None else workers
-
-    def best_precision(self):
-        if self.device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-        units = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")   # without, it is emulated
-        has = self.device.type == "cpu" and any(getattr(torch.cpu, u, bool)() for u in units)
-        return torch.bfloat16 if has else None
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
-
-    def say(self, text, end="\n"):
-        """Prints, in the first process only; in a terminal it clears what a longer line left."""
-        if self.rank == 0:
-            print(("\x1b[K" if sys.stdout.isatty() else "") + text, end=end, flush=True)
-
-    def join(self):
-        """torchrun's processes become one group; alone, nothing."""
-        if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-
-    def agree(self, code):
-        """The highest of the processes' codes: what one of them wants, all do."""
-        if self.world > 1:
-            flag = torch.tensor([code])
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            return flag.item()
-        return code
-
-
-@contextlib.contextmanager
-def caught_signals():
-    """A list of the SIGTERM (pre-emption) and SIGINT (Ctrl-C) that came; they are only noted, but
-    the fourth ends the program where it is."""
-    came, former = [], {}
-
-    def note(number, frame):
-        came.append(number)
-        if len(came) > 3:
-            os._exit(128 + number)
-
-    with contextlib.suppress(ValueError):   # not in the main thread: as by default
-        for number in (signal.SIGTERM, signal.SIGINT):
-            former[number] = signal.signal(number, note)
-    try:
-        yield came
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
-def must_accept(model, name, size=None):
-    """The model, if it takes images of that size (torchvision's transformers take one only)."""
-    size, mode = size or model.config["img_size"], model.training
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size))
-    except (RuntimeError, AssertionError, ValueError) as e:
-        raise InputError(f"{name} takes no images of {size} px ({str(e).splitlines()[0]}).") from e
-    return model.train(mode)
-
-
-def by_turns(env, load):
-    """What load() returns, the first process of each node going first: if that downloads a file,
-    the others find it."""
-    for turn in (0, 1):
-        if turn == (env.local_rank > 0):
-            result = load()
-        if env.world > 1:
-            dist.barrier()
-    return result
-
-
-def run_eval(args, env):
-    """--eval: the accuracies of a checkpoint on DATA/val, by each head."""
-    folder = ImageFolder(*splits(args)[1])
-    loader, _ = start_workers(EvalViews(folder), [], env)
-    env.join()
-    overrides = {} if args.img_size is None else {"img_size": args.img_size}
-    model = by_turns(env, lambda: deit.load_model(args.eval, say=env.say, **overrides))
-    model = must_accept(model, args.eval).to(env.device)
-    folder.renumber(model.classes or folder.classes)
-    known, size = model.config["num_classes"], model.config["img_size"]
-    if known != len(folder.classes):
-        raise InputError(f"{args.eval} knows {known} classes, {folder.root} has "
-                         f"{len(folder.classes)}.")
-    every = np.arange(len(folder))
-    scores, broken = evaluate({"it": model}, loader, every, size, args.micro_batch or 128, env)
-    score, unreadable = scores["it"], f", {broken} unreadable, counted as wrong" if broken else ""
-    env.say(f"{args.eval}: {len(folder)} images at {size} px, {env.precision}{unreadable}")
-    names = (("cls", "class head"), ("dist", "distillation head"), ("both", "both"))
-    for key, name in names if getattr(model, "num_tokens", 1) == 2 else names[:1]:
-        env.say(f"  {name:18s} top-1 {score[key]:6.3f} %   top-5 {score[key + '5']:6.3f} %")
-    return score
-
-
-def create_student(args, size, num_classes):
-    """The model to be trained, with its architecture in `.config`."""
-    flags = ("patch_size", "embed_dim", "depth", "num_heads", "drop_path")
-    given = {f: getattr(args, f) for f in flags if getattr(args, f) is not None}
-    given["img_size"] = size
-    if args.model in deit.VARIANTS:
-        given = {"drop_path": 0.1} | given
-    return must_accept(deit.create_classifier(args.model, num_classes, **given), args.model)
-
-
-def create_teacher(args, mode, classes, size, env):
-    """The frozen teacher on the device; None when nothing is to be learned from one."""
-    given = [f for f in ("teacher", "teacher_weights", "alpha", "tau")
-             if getattr(args, f) != getattr(parse([]), f)]
-    if given and not args.distillation and mode == "none":
-        raise InputError(f"--{given[0].replace('_', '-')} is given, but {args.model} learns from a "
-                         "teacher only with --distillation hard or soft: add it, or drop both.")
-    if mode == "none":
-        return None
-    weights = None if args.teacher_weights == "none" else args.teacher_weights
-    teacher = by_turns(env, lambda: deit.load_teacher(args.teacher, weights, len(classes),
-                                                      img_size=size))
-    must_accept(teacher, args.teacher, size)
-    if teacher.classes not in (None, classes):
-        raise InputError(f"the teacher {weights} was trained on other classes than {args.data}'s: "
-                         f"{', '.join(teacher.classes[:3])}, ...; train one on these.")
-    return teacher.to(env.device)
-
-
-def try_teacher(args, teacher, val_loader, size, batch, env):
-    """Prints the teacher's accuracy on some validation images; refuses one that knows nothing."""
-    val = val_loader.dataset.folder
-    some = np.unique(np.linspace(0, len(val) - 1, 512).astype(np.int64))
-    accuracy = evaluate({"it": teacher}, val_loader, some, size, batch, env)[0]["it"]["cls"]
-    env.say(f"teacher        {args.teacher} {args.teacher_weights}, {accuracy:.1f} % right on "
-            f"{len(some)} validation images")
-    chance = 1 / len(val.classes)
-    bound = chance + 2 * math.sqrt(chance * (1 - chance) / len(some))   # two standard errors
-    if args.teacher_weights != "none" and accuracy / 100 <= bound < 0.9:   # else too few to tell
-        raise InputError(f"the teacher is right on {accuracy:.1f} % of {len(some)} validation "
-                         "images, no better than chance: its classes are in another order than "
-                         f"{args.data}'s, or it is not trained.")
-
-
-def pair(output):
-    """What a model in training returned, as (class logits, distillation logits)."""
-    return output if isinstance(output, tuple) else (output, output)
-
-
-def update_ema(ema, model, decay):
-    """ema = decay ema + (1 - decay) model, in few kernels; buffers (statistics) are copied."""
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-        for mine, theirs in zip(ema.buffers(), model.buffers()):
-            mine.copy_(theirs)
-
-
-def average_buffers(model, world):
-    """In place, the mean over the processes of the batch statistics, which each one gathers alone
-    (convnets only; DeiT has none)."""
-    for buffer in model.buffers():
-        if world > 1 and buffer.is_floating_point():
-            all_sum(buffer).div_(world)
-
-
-def gather_union(numbers, world):
-    """The union of the processes' sets."""
-    everyone = [numbers]
-    if world > 1:
-        everyone = [None] * world
-        dist.all_gather_object(everyone, numbers)
-    return set().union(*everyone)
-
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
-def epoch_line(r):
-    """One aligned line an epoch."""
-    ema = f"  ema {r['ema_both']:5.2f}" if "ema_both" in r else ""
-    agreement = f"  agreement {r['agreement']:4.1f}" if "agreement" in r else ""
-    unreadable = f"  {r['unreadable']} unreadable" if r["unreadable"] else ""
-    unreadable += f"  {r['skipped_steps']} steps skipped" if r.get("skipped_steps") else ""
-    return (f"epoch {r['epoch']:3d}  loss {r['train_loss']:6.3f}  top-1 % of {r['val_images']}: "
-            f"class {r['cls']:5.2f}  dist {r['dist']:5.2f}  both {r['both']:5.2f}{ema}{agreement}"
-            f"{unreadable}  {r['img_per_s']:.0f} img/s  {clock(r['seconds'])}")
-
-
-def wrap(model, args, env):
-    """The model as it is trained: compiled with --compile, gradients averaged over processes."""
-    net = torch.compile(model) if args.compile else model
-    if env.world > 1:
-        net = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
-        net.broadcast_buffers = False   # batch statistics: see average_buffers
-    return net
-
-
-def splits(args):
-    """ImageFolder's arguments (root, classes, part) for the training and the validation images."""
-    train, val = (os.path.join(args.data, name) for name in ("train", "val"))
-    if not args.val_fraction:
-        return (train,), (val,)
-    there = val if os.path.isdir(val) else train
-    if os.path.isdir(there):
-        raise InputError(f"there is a folder {there}, but --val-fraction is for class folders that "
-                         "lie in DIR itself: leave it out, or give the folder that they are in.")
-    at = args.val_fraction
-    return (args.data, None, (at, 1)), (args.data, None, (0, at))
-
-
-def prepare(args, env, former_micro=None):
-    """What follows from flags and data, if it fits together: the distillation mode, the views in a
-    micro-batch (unless given, as before in this run), the images' side, the training and the
-    validation images. Raises InputError."""
-    is_distilled = args.model in deit.VARIANTS and deit.VARIANTS[args.model][3]
-    mode = args.distillation or ("hard" if is_distilled else "none")
-    if is_distilled and mode == "none":
-        raise InputError(f"{args.model} learns from a teacher: without one (--distillation none) "
-                         f"take --model {args.model.replace('distilled_', '')}.")
-    batch, world = args.batch_size, env.world
-    micro = args.micro_batch or former_micro or max(1, min(128, batch // world))
-    if batch < micro * world or batch % (micro * world):
-        nearest = max(1, round(batch / (micro * world))) * micro * world
-        fitting = [m for m in range(1, micro) if batch % (m * world) == 0]
-        smaller = f"--micro-batch {fitting[-1]} or " if fitting else ""
-        raise InputError(f"--batch-size {batch} is not processes x micro-batch x an integer "
-                         f"({world} x {micro} x n): take {smaller}--batch-size {nearest}.")
-    size = args.img_size or deit.VARIANTS.get(args.model, (0, 0, 224))[2]
-    train, val = (ImageFolder(*where) for where in splits(args))
-    empty = [c for c, a, b in zip(train.classes, train.first, train.first[1:]) if a == b]
-    if empty:
-        beside = " beside those of --val-fraction" if args.val_fraction else ""
-        raise InputError(f"{os.path.join(train.root, empty[0])} holds no images to train on"
-                         f"{beside}: add some, or remove the folder ({len(empty)} such in all).")
-    val.renumber(train.classes)
-    if len(train.classes) < 2:
-        raise InputError(f"{train.root} holds one class only, {train.classes[0]}: there is no "
-                         "choice to learn.")
-    if args.lr * batch / 512 < args.min_lr:
-        raise InputError(f"the peak learning rate, {args.lr} x {batch} / 512 views, is below "
-                         f"--min-lr {args.min_lr}: raise --lr or lower --min-lr.")
-    if len(train) < batch and not args.benchmark:
-        raise InputError(f"{train.root} holds {len(train)} images, fewer than a batch of {batch}: "
-                         "lower --batch-size.")
-    return mode, micro, size, train, val
-
-
-def must_be_alike(env, otherwise, *numbers):
-    """Refuses processes that do not start with the same numbers: whose highest is not the lowest,
-    which is minus the highest of the negatives."""
-    if any(env.agree(x) != -env.agree(-x) for x in numbers):
-        raise InputError(f"the processes do not start alike: {otherwise}.")
-
-
-def must_continue(saved, path, flags, say):
-    """Refuses a checkpoint that is not the beginning of a run with these flags; a remedy that was
-    not applied before is said."""
-    if not {"flags", "classes", "ema", "optimizer", "step", "sums"} <= saved.keys() or (
-            saved["optimizer"] is None):
-        raise InputError(f"{path} is no save to go on from: choose another --output, or start "
-                         "from it with --finetune.")
-    before = vars(parse([])) | saved["flags"] | {"classes": saved["classes"]}
-    changed = [f for f in flags if f not in FREE_FLAGS and flags[f] != before.get(f)]
-    fixed = [f for f in changed if f not in REMEDIES]
-    if fixed:
-        raise InputError(f"{path} is of a run with other {', '.join(fixed)}: give the same "
-                         "again, or another --output.")
-    for f in changed:
-        say(f"changed        --{f.replace('_', '-')} from {before.get(f)} to {flags[f]}")
-
-
-def run(args, env, signals):
-    """Trains args.model on args.data; returns the log, one record an epoch. Once a signal is in the
-    list `signals`, saves and exits. Raises InputError."""
-    say, device, world = env.say, env.device, env.world
-    output = args.output or os.path.join("runs", args.model)
-    last_path, prev_path, best_path, log_path = (
-        os.path.join(output, name) for name in ("last.pt", "last.prev.pt", "best.pt", "log.jsonl"))
-    if not args.resume and any(map(os.path.exists, (last_path, prev_path, best_path))):
-        raise InputError(f"{output} holds a run: add --resume to go on with it, or choose another "
-                         "--output.")
-
-    saved, path = read_last((last_path, prev_path), say) if args.resume else (None, None)
-    if saved is None and os.path.exists(best_path) and (
-            deit.read_checkpoint(best_path).get("epoch", 2) > 1):   # 1: killed before its last.pt
-        raise InputError(f"{output} holds best.pt, but no last.pt to go on from: move it away, or "
-                         "choose another --output.")
-
-    former_micro = saved["flags"].get("micro_batch") if saved and "flags" in saved else None
-    mode, micro, size, train, val = prepare(args, env, former_micro)
-    if args.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-    batch, classes, K = args.batch_size, train.classes, len(train.classes)
-    accumulation, epoch_steps = batch // (micro * world), len(train) // batch
-    total_steps, warmup_steps = args.epochs * epoch_steps, round(args.warmup_epochs * epoch_steps)
-    peak = args.lr * batch / 512
-    args.micro_batch = micro   # known from now on, also to in_a_sentence
-    flags = vars(args) | {"training images": len(train), "classes": classes}
-    if saved:
-        must_continue(saved, path, flags, say)
-        say(f"resumed        {path}, {saved['step']} of {total_steps} steps done")
-        if env.rank == 0:
-            write_log(log_path, saved["log"])
-
-    # What changes while it runs: all of it is in a checkpoint. Sums, of this epoch: loss, agreeing
-    # views, micro-batches, skipped steps; in float64, which adds up the same in any order. Bad:
-    # steps in a row whose gradients were not finite.
-    step, best, log = (saved[key] for key in ("step", "best", "log")) if saved else (0, -1.0, [])
-    with contextlib.suppress(InputError):   # best.pt is newer if the last save was cut short
-        if saved and os.path.exists(best_path):
-            best = max(best, deit.read_checkpoint(best_path).get("best", -1.0))
-    bad, sums, broken = torch.zeros((), device=device), torch.zeros(4, device=device), set()
-    sums = sums if device.type == "mps" else sums.double()
-
-    dataset = TrainViews(train, size, args.seed, args.randaugment, args.erasing)
-    sampler = TrainSampler(len(train), batch, micro, args.repeats, args.seed, env.rank, world,
-                           step, total_steps)
-    val_loader, _ = start_workers(EvalViews(val), [], env)
-    _, batches = start_workers(dataset, sampler, env)
-    env.join()
-    must_be_alike(env, "--output must be on a disk that all of them share", step)
-    if len(log) == args.epochs:
-        say(f"finished       nothing left to do, best top-1 {best:.2f} %")
-        return log
-    must_be_alike(env, "--data must hold the same images for all of them", train.fingerprint(),
-                  val.fingerprint())
-    chosen = (device.type, env.precision, args.log_every, args.compile,
-              [flags[f] for f in sorted(flags.keys() - FREE_FLAGS)])
-    must_be_alike(env, "all of them need the same flags, --device and --amp too where their "
-                  "hardware differs", number_of(repr(chosen).encode()))
-
-    # Three names: model is raw (saved, evaluated), net compiled and wrapped (trained), ema averaged
-    torch.manual_seed(keyed(args.seed, "weights").getrandbits(63))
-    model = create_student(args, size, K)
-    first = args.model if args.pretrained else args.finetune
-    if saved:
-        model.load_state_dict(saved["model"])
-    elif first:
-        by_turns(env, lambda: deit.load_weights(model, first, classes=classes, say=say))
-    if first or saved:   # else equal by their seed, to rounding, and made so when wrapped
-        sums_of_bits = [p.detach().view(torch.int32).sum().item() for p in model.parameters()]
-        must_be_alike(env, f"{path or first} must be the same file for all of them",
-                      number_of(repr(sums_of_bits).encode()))
-    model = model.to(device)
-    net = wrap(model, args, env)
-    ema = copy.deepcopy(model).requires_grad_(False) if args.ema_decay else None
-    groups = parameter_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=peak, fused=device.type in ("cuda", "cpu"))
-    scaler = torch.amp.GradScaler(device.type, enabled=env.amp == torch.float16)
-    if saved:
-        if ema:
-            ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:   # empty when it was not fp16 before
-            scaler.load_state_dict(saved["scaler"])
-        broken.update(i for i in saved["unreadable"] if not train.can_open(i))   # mended since?
-        sums += torch.tensor(saved["sums"], dtype=sums.dtype).to(device) * (env.rank == 0)
-    if saved and path == prev_path and env.rank == 0 and os.path.exists(last_path):
-        os.remove(last_path)   # damaged: it must not become the next last.prev.pt
-    del saved
-
-    def stop_if_not_finite(loss):
-        """Gradients that are not finite: fp16's scaler skips such steps, but not for ever."""
-        if not math.isfinite(loss) or bad > (20 if scaler.is_enabled() else 0):
-            raise InputError(f"loss or gradients are not finite at step {step}, loss {loss:.3g}, "
-                             f"lr {lr:.2e}: try --amp off (or bf16), --clip-grad 1 or a lower "
-                             f"--lr; the last good save in {output} is kept.")
-
-    def save(is_best=False):
-        """last.pt (the former becomes last.prev.pt), log.jsonl and, if so, best.pt, which lacks
-        what only going on needs. Called by all processes, written by the first. Returns 0 if
-        all was written, 1 if best.pt alone was (when asked for), 2 if nothing."""
-        total, unreadable = all_sum(sums.clone()).tolist(), sorted(gather_union(broken, world))
-        stop_if_not_finite(total[0])
-        whole = {
-            "model": model.state_dict(), "ema": ema.state_dict() if ema else None,
-            "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "epoch": step // epoch_steps, "step": step, "best": best, "log": log, "sums": total,
-            "unreadable": unreadable, "config": {"name": args.model, **model.config},
-            "classes": classes, "flags": {k: v for k, v in flags.items() if k != "classes"},
-            "preprocessing": {"size": size, "crop_ratio": deit.CROP_RATIO,
-                              "interpolation": "bicubic", "mean": list(deit.IMAGENET_MEAN),
-                              "std": list(deit.IMAGENET_STD)},
-        }
-        missing = 0
-        if env.rank == 0:
-            try:
-                missing = 2
-                if is_best:
-                    light = whole | dict.fromkeys(("ema", "optimizer", "scaler"))
-                    write_atomically(best_path, lambda f: torch.save(light, f))
-                missing = 1
-                write_atomically(last_path, lambda f: torch.save(whole, f), keep=prev_path)
-                write_log(log_path, log)
-                missing = 0
-            except OSError as e:
-                say(f"not saved      {e}; the former save stands")
-        return env.agree(missing)
-
-    def save_and_stop_if_told(code):
-        """Saves; then leaves if the code, on which the processes agree, is a signal's number."""
-        missing = save()
-        if code > 1:
-            say(f"stopped        by {signal.Signals(code).name} after step {step}, "
-                f"{'NOT saved' if missing else 'saved'} in {output}: --resume goes on")
-            raise SystemExit(128 + code)
-
-    teacher = create_teacher(args, mode, classes, size, env)
-    if teacher:
-        try_teacher(args, teacher, val_loader, size, micro, env)
-        if args.compile:
-            teacher.compile()   # only now: its first call made the copy in autocast's type
-    decayed, exempt = ([p.numel() for p in group["params"]] for group in groups)
-    say(f"model          {args.model}, {sum(decayed) + sum(exempt):,} parameters, {size} px\n"
-        f"data           {len(train)} training and {len(val)} validation images of {K} classes\n"
-        f"batch          {batch} views = {world} processes x {micro} micro-batch x {accumulation} "
-        f"accumulated; {args.repeats} views an image\n"
-        f"schedule       {args.epochs} epochs of {epoch_steps} steps, lr {peak:.3g} after "
-        f"{warmup_steps} steps of warm-up\n"
-        f"weight decay   {args.weight_decay} on {len(decayed)} tensors ({sum(decayed):,}), none on "
-        f"{len(exempt)} ({sum(exempt):,})\n"
-        f"distillation   {mode}\n"
-        f"running on     {device}, {env.precision}, {env.workers} loader "
-        f"workers, torch {torch.__version__}, output in {output}")
-    if env.rank == 0:
-        os.makedirs(output, exist_ok=True)
-    board = SummaryWriter(output, purge_step=len(log) + 1, flush_secs=1) if (
-        args.tensorboard and env.rank == 0) else None
-
-    mine = range(env.rank, batch // micro, world)   # the k's of this process
-    one, live = torch.ones((), device=device), sys.stdout.isatty()
-    waited, first_step, run_start = 0.0, step, time.perf_counter()
-    epoch_start = last_save = run_start
-    model.train()
-
-    while len(log) < args.epochs:
-        while step < (len(log) + 1) * epoch_steps:
-            lr = lr_at(step, peak, args.min_lr, warmup_steps, total_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            for k in mine:
-                # 1. batch: uint8 views from the workers
-                asked = time.perf_counter()
-                views, labels, boxes, unreadable = next(batches)
-                broken.update(unreadable.tolist())
-                waited += time.perf_counter() - asked
-                # 2. mix: normalise, erase, mixup or CutMix, on the device
-                rng = keyed(args.seed, "device", step, k)
-                torch.manual_seed(rng.getrandbits(63))   # of erasing's noise and drop paths
-                images = erase(normalise(views, device), boxes)
-                labels = labels.to(device, non_blocking=True)
-                targets = smooth_targets(labels, K, args.smoothing)
-                images, targets = mix(images, targets, args.mixup, args.cutmix, rng)
-                if world > 1:   # gradients are averaged over the processes once a step
-                    net.require_backward_grad_sync = k == mine[-1]
-                with env.autocast():
-                    # 3. teacher: it sees exactly the student's pixels
-                    teacher_logits = teacher(images) if teacher else None
-                    # 4. student
-                    cls_logits, dist_logits = pair(net(images))
-                # 5. loss
-                loss = deit.distillation_loss(cls_logits, dist_logits, targets, teacher_logits,
-                                              mode, args.alpha, args.tau)
-                # 6. backward
-                scaler.scale(loss / accumulation).backward()
-                answers = teacher_logits.argmax(1) if teacher else torch.full_like(labels, -1)
-                agreement = (dist_logits.argmax(1) == answers).float().mean()
-                loss, counted = loss.detach(), one
-                if scaler.is_enabled():   # a loss that overflows is skipped, and not counted
-                    counted = loss.isfinite().float()
-                    loss = torch.where(loss.isfinite(), loss, 0)
-                sums[:3] += torch.stack([loss, agreement * counted, counted])
-            # 7. step
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.get_total_norm(
-                p.grad for p in model.parameters() if p.grad is not None)
-            if args.clip_grad:
-                torch.nn.utils.clip_grads_with_norm_(model.parameters(), args.clip_grad, norm)
-            bad = torch.where(norm.isfinite(), 0, bad + 1)
-            sums[3] += (bad > 0) / world
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            # 8. average
-            if ema:
-                update_ema(ema, model, ema_decay_at(step, args.ema_decay))
-            step += 1
-            # 9. log
-            at = (step - 1) % epoch_steps + 1
-            if at % args.log_every == 0 or at == epoch_steps:
-                total, now = all_sum(sums.clone()).tolist(), time.perf_counter()
-                mean_loss = total[0] / max(1, total[2])
-                stop_if_not_finite(mean_loss)
-                pace = (now - run_start) / (step - first_step)   # seconds, evaluation included
-                if live or at < epoch_steps:   # else the epoch's line follows at once
-                    say(f"epoch {len(log) + 1} step {at}/{epoch_steps}  loss {mean_loss:.3f}  lr "
-                        f"{lr:.2e}  {batch / pace:.0f} img/s  waiting for data "
-                        f"{100 * waited / (now - epoch_start):.0f} %  "
-                        f"{clock(pace * (total_steps - step))} left ", end="\r" if live else "\n")
-            # 10. save, when it is time or the run is told to stop
-            late = env.rank == 0 and time.perf_counter() - last_save > 60 * args.save_minutes
-            # 0: go on; 1: a save is due; above: the signal's number
-            code = env.agree(signals[-1] if signals else int(late))
-            if code:
-                save_and_stop_if_told(code)
-                last_save = time.perf_counter()
-
-        # An epoch is done: evaluate, record, save
-        seconds = time.perf_counter() - epoch_start
-        models = {"model": model} | ({"ema": ema} if ema else {})
-        for each in models.values():
-            average_buffers(each, world)
-        scores, bad_val = evaluate(models, val_loader, np.arange(len(val)), size, micro, env,
-                                   signals)
-        code = env.agree(signals[-1] if signals else 0)
-        if code:   # the evaluation was cut short: it is repeated when the run goes on
-            save_and_stop_if_told(code)
-        total, agreed, micro_batches, skipped = all_sum(sums.clone()).tolist()
-        broken = gather_union(broken, world)
-        lr = lr_at(step - 1, peak, args.min_lr, warmup_steps, total_steps)
-        record = {"epoch": len(log) + 1, "step": step, "lr": lr,
-                  "train_loss": total / max(1, micro_batches)}
-        record |= {key: scores["model"][key] for key in ("cls", "dist", "both")}
-        if ema:
-            record |= {"ema_" + key: scores["ema"][key] for key in ("cls", "dist", "both")}
-        if teacher:
-            record["agreement"] = 100 * agreed / max(1, micro_batches)
-        if scaler.is_enabled():
-            record["skipped_steps"] = round(skipped)
-        log.append(record | {
-            "val_images": len(val), "unreadable": len(broken) + bad_val,
-            "img_per_s": (step - max(first_step, step - epoch_steps)) * batch / seconds,
-            "waiting": waited / seconds, "seconds": time.perf_counter() - epoch_start})
-        say(epoch_line(log[-1]))
-        for key, value in log[-1].items() if board else ():
-            board.add_scalar(key, value, len(log))
-        former, best = best, max(record["both"], best)
-        sums.zero_()
-        missing = save(is_best=best > former)
-        if missing == 2:
-            best = former   # so that the next good epoch is kept
-        waited, epoch_start = 0.0, time.perf_counter()
-        last_save = epoch_start
-        if broken:
-            named = ", ".join(repr(os.fsdecode(train.path(i))) for i in sorted(broken)[:3])
-            say(f"unreadable     {len(broken)} training images, others of their class stand "
-                f"in: {named}")
-        if len(broken) > len(train) / 100:
-            raise InputError(f"{len(broken)} of {len(train)} training images cannot be read, "
-                             f"more than 1 %: mend them ({named}), then --resume.")
-    if missing:
-        raise InputError(f"the run is done, but its last save in {output} failed: make room and "
-                         "add --resume, which repeats what is missing.")
-    say(f"finished       in {clock(time.perf_counter() - run_start)}, best top-1 {best:.2f} %")
-    return log
-
-
-# ------------------------------------------------------------------------------------------------
-# The benchmark: what limits a run with these flags here, and how long it would take
-# ------------------------------------------------------------------------------------------------
-
-def peak_memory_mib():
-    """This process's largest memory so far; nan where the system does not say (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    unit = 2**20 if sys.platform == "darwin" else 2**10   # bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def run_benchmark(args, env):
-    """--benchmark: times loader, teacher, student and the whole step; prints a table and, as the
-    last line, a JSON object. Rates are views a second over all processes, without gradient
-    clipping and averaged weights, which cost little. Nothing is saved."""
-    mode, micro, size, train, _ = prepare(args, env)
-    device, batch = env.device, args.batch_size
-    sampler = TrainSampler(max(batch, len(train)), batch, micro, args.repeats, args.seed, env.rank,
-                           env.world, 0, 10**9)
-    items = ((e, s, k, images % len(train), views) for e, s, k, images, views in sampler)
-    dataset = TrainViews(train, size, args.seed, args.randaugment, args.erasing)
-    _, batches = start_workers(dataset, items, env)
-    env.join()
-    model = create_student(args, size, len(train.classes)).to(device)
-    net = wrap(model, args, env)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=1e-6,
-                                  fused=device.type in ("cuda", "cpu"))
-    scaler = torch.amp.GradScaler(device.type, enabled=env.amp == torch.float16)
-    teacher = create_teacher(args, mode, train.classes, size, env)
-    views_a_run = args.epochs * max(1, len(train) // batch) * batch
-
-    def load():
-        return next(batches)
-
-    def augment(views, labels, boxes, _):
-        images = erase(normalise(views, device), boxes)
-        targets = smooth_targets(labels.to(device), len(train.classes), args.smoothing)
-        return mix(images, targets, args.mixup, args.cutmix, keyed(args.seed))
-
-    def teach(images):
-        with env.autocast():
-            return teacher(images) if teacher else None
-
-    def learn(images, targets, teacher_logits):
-        with env.autocast():
-            cls_logits, dist_logits = pair(net(images))
-        scaler.scale(deit.distillation_loss(cls_logits, dist_logits, targets, teacher_logits, mode,
-                                            args.alpha, args.tau)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-    def whole():
-        images, targets = augment(*load())
-        learn(images, targets, teach(images))
-
-    def rate(work, warm_up=1, seconds=8):
-        """Views a second of work(), over all processes."""
-        done, start = -warm_up, 0.0
-        while env.agree(int(done < 1 or time.perf_counter() - start < seconds)):
-            if done == 0:
-                start = time.perf_counter()
-            work()
-            if device.type != "cpu":
-                torch.accelerator.synchronize()
-            done += 1
-        return all_sum(torch.tensor(done * micro / (time.perf_counter() - start))).item()
-
-    loader = rate(load, warm_up=1 + 2 * env.workers)   # what the workers have ready is not counted
-    images, targets = augment(*load())
-    teacher_logits = teach(images)
-    if teacher and args.compile:
-        teacher.compile()
-    result = {"loader_img_per_s": loader,
-              "teacher_img_per_s": rate(lambda: teach(images)) if teacher else None,
-              "student_img_per_s": rate(lambda: learn(images, targets, teacher_logits)),
-              "step_img_per_s": rate(whole)}
-    student = result["student_img_per_s"]
-    device_rate = 1 / (1 / student + (1 / result["teacher_img_per_s"] if teacher else 0))
-    if device.type == "cuda":
-        result["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        result["peak_memory_mib"] = peak_memory_mib()
-    result["projected_hours"] = views_a_run / result["step_img_per_s"] / 3600
-    result["workers_needed"] = math.ceil(max(1, env.workers) * device_rate / loader)
-    rows = ((f"loader, {env.workers} workers", "loader"), (f"teacher {args.teacher}", "teacher"),
-            (f"student {args.model}, with its step", "student"), ("all of it", "step"))
-    env.say(f"{env.world} processes on {device}, {env.precision}, {size} px, "
-            f"micro-batch {micro}, torch {torch.__version__}")
-    for title, key in rows:
-        value = result[f"{key}_img_per_s"]
-        env.say(f"  {title:56s}" + (f"{value:9.1f} img/s" if value else "     none"))
-    slowest = "the loader" if loader < device_rate else "the teacher" if (
-        teacher and result["teacher_img_per_s"] < student) else "the student"
-    env.say(f"bottleneck: {slowest}; the device takes {device_rate:.1f} img/s, which "
-            f"{result['workers_needed']} workers a process keep busy\n"
-            f"projected: {result['projected_hours']:.1f} hours for {args.epochs} epochs of "
-            f"{len(train)} images; peak memory {result['peak_memory_mib']:.0f} MiB")
-    env.say(json.dumps(result))
-    return result
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1399,61 +1518,62 @@ def demo(seed):
           f"{last['distilled']['dist']:19.1f}{last['distilled']['both']:7.1f}")
 
 
-def in_a_sentence(error, args, env):
-    """What a user's mistake or a full machine raised, as one sentence; "" for anything else."""
+def error_message(error):
+    """A user's mistake or a full machine as one sentence; "" for anything else."""
     message = str(error).strip()
     if isinstance(error, InputError):
         return message.split("InputError: ")[-1]   # of a worker's traceback, the end
-    if isinstance(error, torch.OutOfMemoryError) or re.search(
-            "can't allocate memory|out of memory", message):   # of a CPU; of Apple's GPU
-        share = args.batch_size // env.world
-        micro = args.micro_batch or max(1, min(128, share))
-        if micro == 1:
-            return "the device's memory is full with one image: take a smaller model or --img-size."
-        smaller = max(m for m in range(1, micro) if share % m == 0)
-        return f"the device's memory is full: try --micro-batch {smaller} (the batch stays)."
-    if "more than 1 value per channel" in message:   # a convnet in training, one image, one pixel
-        return "a batch norm is left with one value a channel: raise --micro-batch or --img-size."
-    if isinstance(error, ImportError) and "tensorboard" in message.lower():
-        return f"{message}: pip install tensorboard, or leave out --tensorboard."
-    if isinstance(error, OSError):   # the system's word is clear enough: what, and which file
+    if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in message:
+        return ("the memory is full: halve the micro-batch (--micro-batch; the batch stays), or "
+                "take a smaller model or --img-size.")
+    if isinstance(error, OSError):   # the system's words are clear: what, and which file
         return f"{message}."
-    if re.search(r"DataLoader worker \(pid|unable to (.* shared memory|write to file)", message):
+    if "DataLoader worker (pid" in message or "shared memory" in message:
         return (f"a loader worker died ({message.splitlines()[-1]}): lower --workers or free "
                 "memory (in a container, raise --shm-size), then --resume from the last save.")
-    if re.search("Connection closed by peer|Connection reset|Broken pipe", message):
+    if "Connection closed by peer" in message or "Connection reset by peer" in message:
         return "another process ended: see its message."
     return ""
 
 
+def end_workers(others):
+    """Ends the loader workers at once: they would outlive an error by 30 seconds. others: child
+    processes that are none."""
+    for child in set(multiprocessing.active_children()) - set(others):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, getattr(signal, "SIGALRM", signal.SIGTERM))   # see outlive_signals
+
+
 def main(argv=None):
-    """The program. A user's mistake raises SystemExit with one sentence."""
-    args = env = sentence = None
+    """The program. A user's mistake raises SystemExit with one sentence; any other error ends the
+    workers and is raised on."""
+    processes = None
+    others = multiprocessing.active_children()
     try:
         args = parse(argv)
-        if vars(args) == vars(parse(["--seed", str(args.seed)])) and "RANK" not in os.environ:
+        if vars(args) == vars(parse(["--seed", str(args.seed)])) and not os.environ.get("RANK"):
             return demo(args.seed)
         if args.data is None:
             raise InputError("--data is missing: give a folder that holds train/<class>/<image> "
                              "and val/<class>/<image>, or nothing (but --seed) for the demo.")
-        env = Environment(args.device, args.amp, args.workers)
-        if args.eval or args.benchmark:
-            return (run_eval if args.eval else run_benchmark)(args, env)
-        with caught_signals() as signals:
-            return run(args, env, signals)
+        processes = Processes(args.device, args.amp, args.workers)
+        run = run_eval if args.eval else run_benchmark if args.benchmark else train
+        with caught_signals(processes):
+            result = run(args, processes)
+        processes.leave()
+        return result
+    except SystemExit:
+        if processes:
+            processes.leave()
+        raise
     except Exception as e:
-        sentence = in_a_sentence(e, args, env)
+        sentence = error_message(e)
         if not sentence:
             raise
-        e.__traceback__ = None   # it keeps the loaders, whose workers end when they are dropped
-    finally:   # after an error the others may wait for this process: it ends without them
-        if dist.is_initialized() and sentence is None:
-            dist.destroy_process_group()
-            time.sleep(0.2)   # gloo's threads outlive it; one still busy at exit aborts Python
-    if env and env.world > 1:   # what all of them meet the first one says, then torchrun ends all
-        time.sleep(6 if sentence.startswith("another process") else 3 * (env.local_rank > 0))
-        sentence = f"process {env.rank}: {sentence}" if env.rank else sentence
-    raise SystemExit(f"train.py: {sentence}")
+        rank = f"process {processes.rank}: " if processes and processes.rank else ""
+        raise SystemExit(f"train.py: {rank}{sentence}") from None
+    finally:
+        end_workers(others)
 
 
 if __name__ == "__main__":
