@@ -32,6 +32,7 @@ import collections
 import copy
 import hashlib
 import http.client
+import importlib
 import math
 import os
 import re
@@ -295,7 +296,7 @@ def distillation_loss(cls_logits, dist_logits, targets, teacher_logits, mode="ha
 
 
 # ------------------------------------------------------------------------------------------------
-# The teacher: any torchvision classifier (the paper's is regnet_y_16gf), or a DeiT
+# The teacher: a torchvision classifier (the paper's is regnet_y_16gf), a DeiT, or any module
 # ------------------------------------------------------------------------------------------------
 
 class Teacher(nn.Module):
@@ -303,13 +304,15 @@ class Teacher(nn.Module):
     evaluation mode: in training mode its batch norms would drift.
 
     Under autocast it runs a copy whose weights have autocast's type, or they would be cast at every
-    call. The copy is no part of state_dict() or deepcopy, and is dropped when weights change.
+    call. The copy is no part of state_dict() or deepcopy, and is dropped when weights change. A
+    module of the user's own (Imported) runs as it is.
     """
 
-    def __init__(self, model, classes=None):
+    def __init__(self, model, classes=None, sha256=None):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.classes = classes   # names, or None if unknown
+        self.sha256 = sha256     # of its weights, or None
         self.training = False
         self.cast = {}           # {dtype: copy}
         model.register_load_state_dict_post_hook(self.drop_cast)
@@ -330,6 +333,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images):
         model, device = self.model, images.device.type
+        if isinstance(model, Imported):
+            return model(images)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             if dtype not in self.cast:
@@ -359,15 +364,17 @@ def fuse(model):
 
 def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000, *,
                  img_size=None):
-    """A frozen Teacher by name: a torchvision classifier or one of the eight DeiTs.
+    """A frozen Teacher by name: a torchvision classifier, one of the eight DeiTs, or
+    "module:function" (see create_classifier).
 
     weights: one of torchvision's names for that model (downloaded once, hash checked), a file or
-    URL (state dict or checkpoint of train.py), or None for random ones. img_size: the side of the
-    images that it will see, which a DeiT must know. Raises InputError: unknown name or weights,
-    torchvision missing, another architecture, a class count other than num_classes.
+    URL (state dict or checkpoint of train.py, timm's RegNets and the paper's teacher too), or None
+    for random ones; if not given, a function's own. img_size: the side of the images that it will
+    see, which a DeiT must know. Raises InputError: unknown name or weights, torchvision missing,
+    another architecture, a class count other than num_classes.
     """
     size = {} if img_size is None else {"img_size": img_size}
-    if weights is None:
+    if weights is None or ":" in name and weights == "IMAGENET1K_V2":
         model = create_classifier(name, num_classes, **size)
     else:
         source = weights if is_file_or_url(weights) else released_url(name, weights)
@@ -376,7 +383,11 @@ def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000
                              f"data have {num_classes}: train a teacher on them (--model {name}), "
                              "then give its best.pt as weights.")
         model = load_model(source, model=name, num_classes=num_classes, new_heads=False, **size)
-    return Teacher(model if isinstance(model, DeiT) else fuse(model), model.classes)
+    sha256 = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        sha256.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    plain = isinstance(model, (DeiT, Imported))
+    return Teacher(model if plain else fuse(model), model.classes, sha256.hexdigest())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -423,33 +434,64 @@ def torchvision_models():
     return torchvision.models
 
 
+class Imported(nn.Module):
+    """A module of the user's own as a classifier: images (B, 3, S, S) -> logits (B, K). Nothing is
+    written onto it: config and class names stay here, and its parameters keep their names."""
+
+    def __init__(self, module, config):
+        super().__init__()
+        self.module, self.config, self.classes = module, config, None
+
+    def forward(self, images):
+        output = self.module(images)
+        return getattr(output, "logits", output)                  # transformers' models have it
+
+    def state_dict(self, *args, **kwargs):
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        return self.module.load_state_dict(*args, **kwargs)
+
+
+def import_classifier(name, num_classes, img_size):
+    """What "module:function" returns when it is called with the number of classes."""
+    module, function = name.split(":", 1)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        build = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise InputError(f"{name} cannot be imported ({e}): it must name a module on the import "
+                         "path and a function in it.") from e
+    model = build(num_classes)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{name} returned a {type(model).__name__}: it must return an nn.Module.")
+    return Imported(model, dict(name=name, num_classes=num_classes, img_size=img_size or 224))
+
+
 def create_classifier(name=None, num_classes=1000, **overrides):
-    """A DeiT by name (None: by overrides alone) or a torchvision classifier by name, with random
-    weights, in training mode; `.config` holds its architecture. "regnet_demo" is a very small
-    RegNet for very small images. Raises InputError."""
+    """A DeiT by name (None: by overrides alone), a torchvision classifier by name, or what the
+    user's "module:function" returns for num_classes; in training mode, the first two with random
+    weights. `.config` holds the architecture. Raises InputError."""
     if name is None:
         return DeiT(num_classes=num_classes, **overrides)
     if name in VARIANTS:
         return create_model(name, num_classes=num_classes, **overrides)
     img_size = overrides.pop("img_size", None)   # a convnet takes any, its users ask for one
     models = torchvision_models()
-    if name == "regnet_demo":
-        parameters = models.regnet.BlockParams(
-            depths=[1, 1, 2, 2], widths=[32, 64, 128, 192], group_widths=[16] * 4,
-            bottleneck_multipliers=[1.0] * 4, strides=[1, 2, 2, 2], se_ratio=0.25)
-        model = models.RegNet(parameters, num_classes=num_classes, stem_width=32)
-    elif name in models.list_models(module=models):
-        model = models.get_model(name, weights=None, num_classes=num_classes)
-        published = models.get_model_weights(name).DEFAULT.transforms.keywords["crop_size"]
-        img_size = img_size or published
-    else:
+    if ":" not in name and name not in models.list_models(module=models):
         raise InputError(f"'{name}' is neither one of torchvision's classifiers (regnet_y_16gf, "
-                         f"resnet50, ...) nor a DeiT ({', '.join(VARIANTS)}).")
+                         f"resnet50, ...) nor a DeiT ({', '.join(VARIANTS)}) nor module:function.")
     if overrides:
         raise InputError(f"{next(iter(overrides))} is for DeiT, it cannot be set for '{name}'.")
+    if ":" in name:
+        return import_classifier(name, num_classes, img_size)
+    model = models.get_model(name, weights=None, num_classes=num_classes)
     if getattr(model, "aux_logits", False):
         raise InputError(f"'{name}' has auxiliary heads: take a classifier with one output.")
-    model.config, model.classes = dict(name=name, num_classes=num_classes, img_size=img_size), None
+    published = models.get_model_weights(name).DEFAULT.transforms.keywords["crop_size"]
+    model.config = dict(name=name, num_classes=num_classes, img_size=img_size or published)
+    model.classes = None
     return model.to(memory_format=torch.channels_last)
 
 
@@ -538,9 +580,22 @@ def as_checkpoint(content, source="the state dict"):
     clean = collections.OrderedDict()
     for key, value in state.items():
         key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
-        clean[re.sub(r"(denselayer\d+\.(norm|conv))\.([12])\.", r"\1\3.", key)] = value   # of 2017
+        key = re.sub(r"(denselayer\d+\.(norm|conv))\.([12])\.", r"\1\3.", key)   # files of 2017
+        clean[key] = value
+    if "s1.b1.conv1.conv.weight" in clean:
+        clean = collections.OrderedDict((regnet_name(key), v) for key, v in clean.items())
     clean._metadata = getattr(state, "_metadata", None)   # versions, which MNASNet asks for
     return (content if whole else {}) | {"model": clean, "source": source}
+
+
+def regnet_name(key):
+    """torchvision's name of a RegNet's parameter, from timm's, which the paper's teacher has too."""
+    for timm, torchvision in ((".conv.", ".0."), (".bn.", ".1."), (".conv1.", ".f.a."),
+                              (".conv2.", ".f.b."), (".conv3.", ".f.c."), (".se.", ".f.se."),
+                              (".downsample.", ".proj."), ("head.fc.", "fc.")):
+        key = key.replace(timm, torchvision)
+    return re.sub(r"^s(\d)\.b(\d+)\.", lambda m: f"trunk_output.block{m[1]}.block{m[1]}-"
+                  f"{int(m[2]) - 1}.", key)
 
 
 def resize_pos_embed(pos_embed, model):
@@ -568,6 +623,7 @@ def load_weights(model, source, *, new_heads=True, classes=None, say=print):
         checkpoint = as_checkpoint(source, source.get("source", "the state dict"))
     else:
         checkpoint = read_checkpoint(source)
+    config, model = getattr(model, "config", {}), getattr(model, "module", model)   # of Imported
     source, state, own = checkpoint["source"], copy.copy(checkpoint["model"]), model.state_dict()
     if isinstance(model, DeiT) and "pos_embed" in state:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], model)
@@ -593,7 +649,7 @@ def load_weights(model, source, *, new_heads=True, classes=None, say=print):
     wrong += [f"{key} is of {state[key].dtype}" for key in shared
               if own[key].is_floating_point() != state[key].is_floating_point()]
     if wrong:
-        name = getattr(model, "config", {}).get("name", "this model")
+        name = config.get("name", "this model")
         raise InputError(f"{source} is of another architecture than {name}: "
                          f"{', '.join(sorted(wrong)[:3])}{', ...' if len(wrong) > 3 else ''}.")
     model.load_state_dict(state)
@@ -615,7 +671,8 @@ def config_from_shapes(state):
 def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
     """A model in evaluation mode from a checkpoint of train.py (which holds its architecture), an
     official or timm file (architecture from its shapes), or a published name. `.classes`: the list
-    of class names, or None. model: the name that it must have. new_heads, say: see load_weights.
+    of class names, or None. model: the name that it must have; of a file that names a module, what
+    is imported. new_heads, say: see load_weights.
     Overrides as in create_model. Raises InputError."""
     checkpoint = read_checkpoint(source)
     config, classes = checkpoint.get("config"), checkpoint.get("classes")
@@ -629,6 +686,12 @@ def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
                     "width; if it is another, give it (num_heads= in Python, else --num-heads).")
         elif config["name"] in VARIANTS:
             config = {key: config[key] for key in ("name", *DeiT.__init__.__kwdefaults__)}
+        elif ":" in config["name"]:   # only a name that the user typed is ever imported
+            if model is None:
+                raise InputError(f"{source} names a model by module ({config['name']}): give "
+                                 "--model module:function (in Python: model=).")
+            if ":" in model:
+                config = config | {"name": model}
         if model not in (None, config.get("name")):
             raise InputError(f"{source} holds a {config['name']}, not a {model}.")
         created = create_classifier(**config | overrides)

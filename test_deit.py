@@ -39,11 +39,12 @@ import train
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TI = "deit_tiny_distilled_patch16_224"
+REGNET = "train:demo_regnet"
 SMALL = dict(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=7)
 SMALL_FLAGS = ("--img-size 32 --patch-size 8 --embed-dim 32 --depth 2 --num-heads 2 --workers 0 "
                "--amp off --device cpu").split()
 
-BASE_FLAGS = (f"--model {TI} --teacher regnet_demo --teacher-weights none --warmup-epochs 1 "
+BASE_FLAGS = (f"--model {TI} --teacher train:demo_regnet --teacher-weights none --warmup-epochs 1 "
               "--batch-size 12").split() + SMALL_FLAGS
 
 
@@ -207,7 +208,7 @@ def test_the_network_compiles_exports_and_runs_in_any_type():
             close(got.float(), expected, 0.05)
         with torch.autocast("cpu", torch.bfloat16):
             close(model(images).float(), expected, 0.05)
-    teacher = deit.load_teacher("regnet_demo", None, 7)
+    teacher = deit.load_teacher(REGNET, None, 7)
     for amp in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=amp):
             answer = teacher(images)
@@ -456,7 +457,7 @@ def test_combined_loss_weights_and_targets():
 
 def test_each_loss_reaches_its_own_head_and_nothing_reaches_the_teacher():
     model = deit.create_model(TI, **SMALL)
-    teacher = deit.load_teacher("regnet_demo", None, 7)
+    teacher = deit.load_teacher(REGNET, None, 7)
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
     for alpha, reached, untouched in (
         (0.0, model.head, model.head_dist),
@@ -625,7 +626,7 @@ def test_published_weights_are_downloaded_once_and_hash_checked():
 
 def test_torchvisions_published_weights_start_a_model_with_new_heads():
     torch.manual_seed(0)
-    model = trained_looking(deit.create_classifier("regnet_demo", 1000))
+    model = trained_looking(deit.create_classifier(REGNET, 1000))
     with temporary() as folder, temporary() as cache, serve(folder) as url:
         path = os.path.join(folder, "w")
         torch.save(model.state_dict(), path)
@@ -636,11 +637,11 @@ def test_torchvisions_published_weights_start_a_model_with_new_heads():
         torch.hub.set_dir(cache)
         try:
             with patched(deit, "released_url", lambda *names: url + name):
-                same_ = deit.load_model("regnet_demo")
+                same_ = deit.load_model(REGNET)
                 images = torch.randn(2, 3, 32, 32)
                 close(same_(images), model.eval()(images))
                 _, said = quiet(train.main, [
-                    "--data", shared_images(), "--model", "regnet_demo", "--pretrained", "--epochs",
+                    "--data", shared_images(), "--model", REGNET, "--pretrained", "--epochs",
                     "2", "--warmup-epochs", "1", "--batch-size", "12", "--lr", "2e-3", "--img-size",
                     "32", "--workers", "0", "--output", os.path.join(folder, "o")])
                 assert "1000 classes in fc, not 3: it starts anew" in said
@@ -778,7 +779,7 @@ def test_files_that_could_run_code_or_are_damaged_are_refused():
         with raises("no checkpoint that can be read safely"):
             deit.read_checkpoint(path)
         with raises("no checkpoint that can be read safely"):
-            deit.load_teacher("regnet_demo", path, 7)
+            deit.load_teacher(REGNET, path, 7)
         with raises("no checkpoint that can be read safely", SystemExit):
             run("--finetune", path, "--output", os.path.join(folder, "o"))
         assert not os.path.exists(bomb)
@@ -844,9 +845,9 @@ def test_teacher_is_torchvisions_model_frozen_for_good():
 
 
 def test_teachers_cast_copy_is_no_part_of_it_and_never_stale():
-    teacher, x = deit.load_teacher("regnet_demo", None, 7), torch.randn(2, 3, 32, 32)
+    teacher, x = deit.load_teacher("regnet_y_400mf", None, 7), torch.randn(2, 3, 32, 32)
     keys = teacher.state_dict().keys()
-    other = deit.load_teacher("regnet_demo", None, 7)
+    other = deit.load_teacher("regnet_y_400mf", None, 7)
     with torch.autocast("cpu", torch.bfloat16):
         before = teacher(x)
         assert teacher.cast and teacher.state_dict().keys() == keys
@@ -870,9 +871,9 @@ def test_teacher_is_refused_when_it_does_not_fit():
         deit.load_teacher("regnet_y_400mf", "IMAGENET21K")
     with temporary() as folder:
         path = os.path.join(folder, "t.pth")
-        torch.save(deit.create_classifier("regnet_demo", 4).state_dict(), path)
+        torch.save(deit.create_classifier(REGNET, 4).state_dict(), path)
         with raises("has 4 classes in fc, not 7"):
-            deit.load_teacher("regnet_demo", path, 7)
+            deit.load_teacher(REGNET, path, 7)
         with raises("another architecture"):
             deit.load_teacher("regnet_y_400mf", path, 4)
     with patched(deit, "torchvision_models", no_torchvision), raises("pip install torchvision"):
@@ -1328,7 +1329,7 @@ def test_evaluation_counts_each_image_once_for_1_2_3_processes():
     val = train.ImageFolder(os.path.join(shared_images(), "val"))   # 15 images
     torch.manual_seed(0)
     models = {"model": deit.create_model(TI, **SMALL | {"num_classes": 3}),
-              "net": deit.create_classifier("regnet_demo", 3)}
+              "net": deit.create_classifier(REGNET, 3)}
     every, whole = np.arange(len(val)), None
     for world_size in (1, 2, 3):
         parts = []
@@ -1502,7 +1503,7 @@ def test_every_row_of_table_3_can_be_trained_and_a_teacher_too():
             "--data",
             shared_images(),
             "--model",
-            "regnet_demo",
+            REGNET,
             "--img-size",
             "32",
             "--epochs",
@@ -1517,19 +1518,24 @@ def test_every_row_of_table_3_can_be_trained_and_a_teacher_too():
             folder,
         ]
         quiet(train.main, argv)
-        teacher = deit.load_teacher("regnet_demo", os.path.join(folder, "best.pt"), 3)
+        teacher = deit.load_teacher(REGNET, os.path.join(folder, "best.pt"), 3)
         assert teacher(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
 def test_teacher_with_classes_in_another_order_is_found_out():
     with temporary() as folder:
+        draw_images(folder, 12, 67)
         path = os.path.join(folder, "t.pth")
-        state = deit.create_classifier("regnet_demo", 3).state_dict()
+        state = deit.create_classifier(REGNET, 3).state_dict()
         state["fc.weight"].zero_()
         state["fc.bias"].copy_(torch.tensor([0.0, 1.0, 0.0]))      # always says class "10"
         torch.save(state, path)
         with raises("no better than chance", SystemExit):
-            run("--teacher-weights", path, "--epochs", "2", "--output", os.path.join(folder, "o"))
+            run("--teacher-weights", path, "--epochs", "2", "--output", os.path.join(folder, "o"),
+                data=folder)
+        _, said = run("--teacher-weights", path, "--epochs", "1", "--warmup-epochs", "0",
+                      "--output", os.path.join(folder, "few"))    # of 15 images
+        assert "warning        the teacher is right on 33.3 % of 15 validation images" in said
         torch.save({"model": state, "classes": ["a", "b", "c"]}, path)
         with raises("trained on other classes", SystemExit):
             run("--teacher-weights", path, "--epochs", "2", "--output", os.path.join(folder, "o"))
@@ -2197,6 +2203,198 @@ def test_between_log_lines_the_loop_asks_nothing_back_from_the_device():
                          if f.filename == train.__file__]
         assert set(steps) == {0, 1, 2} and lines[-1] == "print_step", (steps, lines)
         assert not wrong, wrong
+
+
+# ------------------------------------------------------------------------------------------------
+# Any teacher
+# ------------------------------------------------------------------------------------------------
+
+def timms_name(key):
+    """timm's name of a parameter of torchvision's RegNet, worked out the other way round."""
+    key = re.sub(r"^stem\.0\.", "stem.conv.", re.sub(r"^stem\.1\.", "stem.bn.", key))
+    block = re.match(r"trunk_output\.block(\d)\.block\d-(\d+)\.(.*)", key)
+    if block:
+        rest = re.sub(r"^f\.([abc])\.([01])\.", lambda m: "conv" + str(" abc".index(m[1])) + (
+            ".conv." if m[2] == "0" else ".bn."), block[3])
+        rest = re.sub(r"^proj\.([01])\.", lambda m: "downsample." + (
+            "conv." if m[1] == "0" else "bn."), rest)
+        key = f"s{block[1]}.b{int(block[2]) + 1}.{rest.removeprefix('f.')}"
+    return re.sub(r"^fc\.", "head.fc.", key)
+
+
+def test_a_regnet_under_timms_names_loads_strictly_with_the_same_logits():
+    import torchvision
+    model = trained_looking(torchvision.models.regnet_y_400mf(num_classes=5))
+    named = {timms_name(key): value for key, value in model.state_dict().items()}
+    assert {"stem.conv.weight", "s1.b1.conv1.bn.running_var", "s4.b6.se.fc2.bias", "head.fc.bias",
+            "s2.b1.downsample.conv.weight", "s3.b1.conv3.conv.weight"} <= named.keys()
+    x = torch.randn(2, 3, 64, 64)
+    with temporary() as folder:
+        path = os.path.join(folder, "regnety_004.pth")
+        for content in (named, {"model": named}):
+            torch.save(content, path)
+            close(deit.load_teacher("regnet_y_400mf", path, 5)(x), model(x), 1e-4)
+        with raises("another architecture than regnet_y_800mf"):
+            deit.load_teacher("regnet_y_800mf", path, 5)
+    for name in ("deit_tiny_distilled_patch16_224", "vgg11", "resnet18", "densenet121", "swin_t",
+                 "efficientnet_b0", "convnext_tiny", "vit_b_16", "mnasnet0_5", "squeezenet1_0"):
+        with torch.device("meta"):
+            state = deit.create_classifier(name).state_dict()
+        assert deit.as_checkpoint(state)["model"].keys() == state.keys(), name
+
+
+MINE = """
+import types, torch
+calls = []
+class Net(torch.nn.Module):
+    def __init__(self, num_classes, logits=True):
+        super().__init__()
+        torch.manual_seed(4)
+        self.config = "mine"                      # as transformers' models have
+        self.conv = torch.nn.Conv2d(3, 8, 3)
+        self.norm = torch.nn.BatchNorm2d(8)
+        self.fc = torch.nn.Linear(8, num_classes)
+        self.logits = logits
+    def forward(self, x):
+        calls.append((self.training, x.dtype, torch.is_grad_enabled()))
+        y = self.fc(self.norm(self.conv(x)).amax((2, 3)) * 9)
+        y = y - y.detach().mean(0) if len(x) > 1 else y
+        return types.SimpleNamespace(logits=y) if self.logits else y
+def net(num_classes):
+    return Net(num_classes)
+def plain(num_classes):
+    return Net(num_classes, False)
+def wrong(num_classes):
+    return Net(num_classes + 1)
+def nothing(num_classes):
+    return None
+"""
+
+
+@contextlib.contextmanager
+def own_module():
+    """A working folder with mine.py in it."""
+    here = os.getcwd()
+    with temporary() as folder:
+        os.chdir(folder)
+        try:
+            with open("mine.py", "w") as f:
+                f.write(MINE)
+            yield folder
+        finally:
+            os.chdir(here)
+            sys.modules.pop("mine", None)
+            sys.path[:] = [p for p in sys.path if p != os.path.realpath(folder)]
+
+
+def test_any_module_can_teach_and_be_trained_and_nothing_is_written_onto_it():
+    with own_module():
+        teacher = deit.load_teacher("mine:net", num_classes=3, img_size=32)
+        import mine
+        own, x = mine.net(3).eval(), torch.randn(2, 3, 32, 32)
+        with torch.autocast("cpu", torch.bfloat16):
+            close(teacher(x), own(x).logits, 0)
+        assert mine.calls[0] == (False, torch.float32, False) and not teacher.cast
+        assert teacher.model.module.config == "mine" and not hasattr(teacher.model.module, "classes")
+        assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()) == 1
+        flags = ["--epochs", "2", "--output"]
+        log, _ = run("--teacher", "mine:net", "--teacher-weights", "IMAGENET1K_V2", *flags, "a")
+        assert "agreement" in log[-1]
+        for phrase, name in (("the answer's shape is (1, 4), not (1, 3)", "mine:wrong"),
+                             ("returned a NoneType", "mine:nothing"),
+                             ("cannot be imported", "mine:missing"),
+                             ("cannot be imported", "no_such:net")):
+            with raises(phrase, SystemExit):
+                run("--teacher", name, *flags, "c")
+        argv = ["--data", shared_images(), "--model", "mine:plain", "--workers", "0", "--amp", "off"]
+        quiet(train.main, [*argv, "--epochs", "2", "--batch-size", "12", "--img-size", "32",
+                           "--output", "own"])
+        best = torch.load("own/best.pt", weights_only=True)
+        assert best["config"] == {"name": "mine:plain", "num_classes": 3, "img_size": 32}
+        assert best["model"].keys() == own.state_dict().keys()
+        scores, _ = quiet(train.main, [*argv, "--eval", "own/best.pt", "--micro-batch", "12"])
+        assert abs(scores["cls"] - best["best"]) < 1e-6
+        assert deit.load_model("own/best.pt", model="mine:plain").classes == ["1", "10", "2"]
+        file_ = deit.load_teacher("mine:plain", "own/best.pt", 3)
+        close(file_(x), deit.load_model("own/best.pt", model="mine:plain")(x), 0)
+
+
+def test_only_a_name_that_the_user_typed_is_imported():
+    with own_module():
+        with open("evil.py", "w") as f:
+            f.write("import os\nos.mkdir('exploded')\n")
+        torch.save({"model": {"w": torch.ones(1)}, "classes": ["a", "b", "c"], "config": {
+            "name": "evil:net", "num_classes": 3, "img_size": 32}}, "w.pt")
+        for call in (lambda: deit.load_model("w.pt"), lambda: deit.main(["x.jpg", "--weights", "w.pt"]),
+                     lambda: train.main(["--data", shared_images(), "--eval", "w.pt"])):
+            with raises("names a model by module (evil:net): give --model", (
+                    deit.InputError, SystemExit)):
+                call()
+        with raises("holds a evil:net, not a regnet_y_400mf"):
+            deit.load_teacher("regnet_y_400mf", "w.pt", 3)
+        with raises("another architecture than"):
+            deit.load_weights(deit.create_classifier("mine:net", 3), "w.pt")
+        assert not os.path.exists("exploded")
+
+
+def test_teachers_answers_recorded_and_replayed_are_the_live_run():
+    with own_module():
+        base = [*FLAGS, "--micro-batch", "4", "--teacher", "mine:net", "--teacher-weights",
+                "IMAGENET1K_V2", "--output"]
+        run(*base, "live")
+        run(*base, "recorded", "--teacher-answers", "a")
+        import mine
+        mine.calls.clear()
+        _, said = run(*base, "replayed", "--teacher-answers", "a")
+        assert not mine.calls and "0 of 108 views are left" in said
+        live = result("live")
+        assert same(result("recorded"), live) and same(result("replayed"), live)
+        labels = np.fromfile("a", np.uint16, offset=4096)
+        assert len(labels) == 108 and set(labels) == {1, 2, 3}
+        assert os.path.getsize("a") <= 2 * 108 + 65536
+        out = torchrun(3, *base, "three", "--teacher-answers", "a")   # replayed by three
+        assert out.returncode == 0, out.stderr
+        for a, b in zip(result("three")[-1], live[-1]):
+            assert abs(a["train_loss"] - b["train_loss"]) < 1e-5
+            assert abs(a["agreement"] - b["agreement"]) < 1e-3
+        out = torchrun(3, *base, "three3", "--teacher-answers", "a3")   # and recorded by three
+        assert out.returncode == 0, out.stderr
+        assert (np.fromfile("a3", np.uint16, offset=4096) == labels).all()
+        # begun without the file, gone on with a new one, then another student
+        with contextlib.suppress(SystemExit):
+            interrupted("half", 4, lambda: os.kill(os.getpid(), signal.SIGTERM), *base[:-1][6:])
+        _, said = run(*base, "half", "--resume", "--teacher-answers", "b")
+        assert same(result("half"), live) and "60 of 108 views" in said
+        _, said = run(*base, "other", "--teacher-answers", "b", "--lr", "6e-4", "--drop-path", "0")
+        assert "48 of 108 views" in said
+        with open("b", "rb") as f, open("a", "rb") as g:
+            assert f.read()[4096:] == g.read()[4096:]
+        # one changed answer changes the run
+        labels[50] = labels[50] % 3 + 1
+        with open("a", "r+b") as f:
+            f.seek(4096)
+            f.write(labels.tobytes())
+        run(*base, "changed", "--teacher-answers", "a")
+        assert not same(result("changed"), live)
+        for phrase, flags in (("is of another seed: 0, now 1", ["--seed", "1"]),
+                              ("is of another mixup: 0.8, now 0.0", ["--mixup", "0"]),
+                              ("another teacher: mine:net, now mine:plain", [
+                                  "--teacher", "mine:plain"]),
+                              ("no probabilities", ["--distillation", "soft"])):
+            with raises(phrase, SystemExit):
+                run(*base, "no", "--teacher-answers", "a", *flags)
+        with open("mine.py", "a") as f:
+            f.write("def net(n):\n    net = Net(n)\n    net.fc.bias.data += 1\n    return net\n")
+        sys.modules.pop("mine")
+        labels[70] = 0
+        labels.tofile("c")
+        with raises("--teacher-answers c cannot be used", SystemExit):   # no header
+            run(*base, "no", "--teacher-answers", "c")
+        with open("a", "r+b") as f:
+            f.seek(4096 + 140)
+            f.write(bytes(2))
+        with raises("another teacher's weights", SystemExit):
+            run(*base, "no", "--teacher-answers", "a")
 
 
 def test_the_readmes_example_runs_as_printed():

@@ -37,6 +37,7 @@ import types
 import warnings
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -556,7 +557,7 @@ def caught_signals(processes):
         if next(count) > 3:
             os._exit(128 + number)
 
-    with contextlib.suppress(ValueError):   # not in the main thread: as by default
+    with contextlib.suppress(ValueError):   # not in the main thread: as before
         for number in (signal.SIGTERM, signal.SIGINT):
             former[number] = signal.signal(number, note)
     try:
@@ -597,6 +598,7 @@ class State:
         self.totals = torch.zeros(4, dtype=wide, device=processes.device)
         self.bad_in_a_row = torch.zeros((), device=processes.device)   # steps, see check_finite
         self.unreadable, self.data_time = {}, 0.0
+        self.answers = None   # Answers, with --teacher-answers; in a file of their own
 
     def evaluated(self):
         """{name: network} of what is evaluated: the model and its average."""
@@ -640,15 +642,107 @@ class State:
         its step is skipped, is not counted; otherwise it shows in the totals."""
         one, agree = torch.ones_like(loss), torch.zeros_like(loss)
         if teacher_logits is not None:
-            agree = (dist_logits.argmax(1) == teacher_logits.argmax(1)).float().mean()
+            classes = teacher_logits if teacher_logits.ndim == 1 else teacher_logits.argmax(1)
+            agree = (dist_logits.argmax(1) == classes).float().mean()
         counted = loss.isfinite() if self.scaler.is_enabled() else one.bool()
         self.totals[:3] += torch.where(counted, torch.stack([loss, agree, one]), 0)
 
 
-def ask(teacher, images, processes):
-    """The teacher's logits (m, K) on images (m, 3, S, S) under autocast; None without teacher."""
+def ask(teacher, images, step, k, processes):
+    """The teacher's logits (m, K) on a micro-batch (m, 3, S, S), under autocast; of an Answers its
+    predicted classes (m,); None without teacher."""
+    if isinstance(teacher, Answers):
+        return teacher.ask(images, step, k, processes)
     with processes.autocast():
         return teacher(images) if teacher else None
+
+
+class Answers:
+    """The teacher's predicted classes for all views of a run, in a file (--teacher-answers): what
+    it holds is not asked again, the rest is asked and added. So the next student, with another
+    learning rate or architecture, needs no teacher.
+
+    The file: a header (JSON: what the views and the teacher depend on), then class + 1 of each view
+    as uint16, 0 where it was not asked yet. A view is a pure function of its place in the run:
+    step * batch + k * micro-batch + row.
+    """
+
+    HEADER = 4096   # bytes
+
+    def __init__(self, cfg, train_images, processes, step=0):
+        """Opens the file or begins it. Raises InputError if it is of other views or of another
+        teacher. complete: nothing is left to ask from `step` on, so no teacher is needed."""
+        self.path, self.batch, self.micro = cfg.teacher_answers, cfg.batch_size, cfg.micro_batch
+        self.teacher, self.new = None, []   # new: (place, classes) to be written
+        names = ("seed", "img_size", "batch_size", "micro_batch", "repeats", "randaugment", "mixup",
+                 "cutmix", "erasing", "teacher")
+        facts = {name: getattr(cfg, name) for name in names} | {
+            "training images": train_images.fingerprint(), "device": processes.device.type,
+            "classes": stable_hash(repr(cfg.classes).encode()),
+            "version of torch": torch.__version__, "version of Pillow": PIL.__version__}
+        views = cfg.total_steps * cfg.batch_size
+        try:
+            if processes.rank == 0:
+                if not os.path.exists(self.path):
+                    self.write_header(facts)
+                os.truncate(self.path, max(self.HEADER + 2 * views, os.path.getsize(self.path)))
+            processes.max(0)   # the others wait
+            with open(self.path, "rb") as f:
+                self.facts = json.loads(f.read(self.HEADER))
+            self.known = np.memmap(self.path, np.uint16, "r", self.HEADER, (views,))
+        except (OSError, ValueError) as e:
+            raise InputError(f"--teacher-answers {self.path} cannot be used ({e}).") from e
+        self.compare(facts, processes)
+        if self.known.max() > cfg.num_classes:
+            raise InputError(f"{self.path} is damaged: it holds classes above {cfg.num_classes}.")
+        missing = np.count_nonzero(self.known[step * self.batch:] == 0)
+        self.complete = not processes.max(missing)
+        processes.print0(f"answers        {self.path}, {missing} of {views} views are left to ask")
+
+    def write_header(self, facts):
+        with open(self.path, "r+b" if os.path.exists(self.path) else "wb") as f:
+            f.write(json.dumps(facts).encode().ljust(self.HEADER))
+
+    def compare(self, facts, processes):
+        for name, now in facts.items():
+            if self.facts.get(name, now) != now:
+                other = f"{self.path} is of another {name}: {self.facts[name]}, now {now}"
+                if not name.startswith("version"):
+                    raise InputError(f"{other}; give the same again, or another --teacher-answers.")
+                processes.print0(f"warning        {other}; answers may differ slightly")
+
+    def set_teacher(self, teacher, processes):
+        """Takes the teacher that answers what is missing, if it is the one of the file."""
+        self.teacher, weights = teacher, {"teacher's weights": teacher.sha256}
+        self.compare(weights, processes)
+        if processes.rank == 0 and not weights.items() <= self.facts.items():
+            self.write_header(self.facts | weights)
+
+    def ask(self, images, step, k, processes):
+        """Predicted classes (m,), from the file or, where it lacks one, from the teacher."""
+        place = step * self.batch + k * self.micro
+        known = self.known[place:place + self.micro].astype(np.int64)          # (m,)
+        if known.all() and len(known):
+            return torch.from_numpy(known - 1).to(images.device, non_blocking=True)
+        classes = ask(self.teacher, images, step, k, processes).argmax(1)      # (m,)
+        self.new.append((place, classes))   # on the device until the next save
+        return classes
+
+    def save(self, processes):
+        """Writes what is new, on rank 0. Called by all processes, before last.pt is written."""
+        new, self.new = [(place, (classes + 1).cpu().numpy().astype(np.uint16))
+                         for place, classes in self.new], []
+        new = itertools.chain(*processes.gather(new))
+        if processes.rank == 0:
+            try:
+                with open(self.path, "r+b") as f:
+                    for place, classes in new:
+                        f.seek(self.HEADER + 2 * place)
+                        f.write(classes.tobytes())
+                    f.flush()
+                    os.fsync(f.fileno())
+            except OSError as e:   # they will be asked again
+                processes.print0(f"not saved      {self.path} could not be written ({e})")
 
 
 def pair(output):
@@ -675,7 +769,7 @@ def train_step(state, teacher, batches, cfg, processes):
         targets = smooth_targets(labels, cfg.num_classes, cfg.smoothing)       # (m, K)
         images, targets = mixup_or_cutmix(images, targets, cfg.mixup, cfg.cutmix, rng)
         # the teacher sees exactly the student's pixels
-        teacher_logits = ask(teacher, images, processes)                       # (m, K)
+        teacher_logits = ask(teacher, images, state.step, k, processes)        # (m, K) or (m,)
         if dist.is_initialized():   # gradients are averaged over the processes once per step
             net.require_backward_grad_sync = k + processes.world_size >= micro_batches
         with processes.autocast():
@@ -783,6 +877,8 @@ def save_state(state, cfg, processes, is_best=False):
     """Writes best.pt if is_best (without what only going on needs), then last.pt (the former
     becomes last.prev.pt) and log.jsonl. Called by all processes, written by rank 0. A failure is
     said and the run goes on. Returns 0 if all was written, 1 if best.pt alone, 2 if nothing."""
+    if state.answers:
+        state.answers.save(processes)
     checkpoint = state.state_dict(processes)
     check_finite(state, checkpoint["totals"][0], cfg)
     checkpoint |= {"epoch": state.step // cfg.epoch_steps, "config": state.model.config,
@@ -826,7 +922,7 @@ def read_last(paths, processes):
 # What may differ when a run is resumed: where and how it runs, and what does not change its result
 # once there is a save. Then the remedies for a run that diverged or met a smaller memory.
 FREE = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
-        "save_minutes", "tensorboard", "finetune", "pretrained"}
+        "save_minutes", "tensorboard", "finetune", "pretrained", "teacher_answers"}
 REMEDIES = {"lr", "min_lr", "clip_grad", "amp", "micro_batch", "compile"}
 
 
@@ -882,7 +978,7 @@ def load_images(args):
 
 def output_paths(args):
     """The output folder, and {name: path} of its files."""
-    output = args.output or os.path.join("runs", args.model)
+    output = args.output or os.path.join("runs", args.model.replace(":", "."))
     names = "last.pt", "last.prev.pt", "best.pt", "log.jsonl"
     return output, {name: os.path.join(output, name) for name in names}
 
@@ -944,12 +1040,15 @@ def make_loaders(train_images, val_images, cfg, processes, step=0):
     return val_loader, make_loader(TrainDataset(train_images, cfg), sampler, processes)[1]
 
 
-def must_accept(model, name, size):
-    """The model, if it takes images of that size (a torchvision transformer takes one only)."""
+def must_accept(model, name, size, num_classes):
+    """The model, if it takes images of that size (a torchvision transformer takes one only) and
+    answers with num_classes logits."""
     mode = model.training
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, size, size))
+            shape = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape)
+        if shape != (1, num_classes):
+            raise ValueError(f"the answer's shape is {shape}, not {(1, num_classes)}")
     except (RuntimeError, AssertionError, ValueError) as e:
         raise InputError(f"{name} takes no images of {size} px ({str(e).splitlines()[0]}).") from e
     return model.train(mode)
@@ -963,12 +1062,13 @@ def make_model(cfg):
         given = {"drop_path": 0.1} | given
     torch.manual_seed(rng_for(cfg.seed, "weights").getrandbits(63))
     model = deit.create_classifier(cfg.model, cfg.num_classes, **given)
-    return must_accept(model, cfg.model, cfg.img_size)
+    return must_accept(model, cfg.model, cfg.img_size, cfg.num_classes)
 
 
-def make_teacher(cfg, processes):
-    """The frozen teacher on the device; None when nothing is to be learned from one. Raises
-    InputError, also for flags of a teacher that would teach nothing."""
+def make_teacher(cfg, state, train_images, val_loader, processes):
+    """What train_step asks: the frozen teacher on the device, or Answers; None when nothing is to
+    be learned from one. val_loader: where it is tried (None: nowhere). Raises InputError, also for
+    flags of a teacher that would teach nothing."""
     if cfg.distillation == "none":
         for flag in ("teacher", "teacher_weights", "alpha", "tau"):
             if getattr(cfg, flag) != getattr(parse([]), flag) and not cfg.none_is_given:
@@ -976,14 +1076,27 @@ def make_teacher(cfg, processes):
                                  "from a teacher only with --distillation hard or soft: add it, or "
                                  "drop both.")
         return None
+    if cfg.teacher_answers:
+        state.answers = Answers(cfg, train_images, processes, state.step)
+        if state.answers.complete:
+            return state.answers
     weights = None if cfg.teacher_weights == "none" else cfg.teacher_weights
     teacher = processes.main_process_first(lambda: deit.load_teacher(
         cfg.teacher, weights, cfg.num_classes, img_size=cfg.img_size))
-    must_accept(teacher, cfg.teacher, cfg.img_size)
+    must_accept(teacher, cfg.teacher, cfg.img_size, cfg.num_classes)
     if teacher.classes not in (None, cfg.classes):
         raise InputError(f"the teacher {weights} was trained on other classes than {cfg.data}'s: "
                          f"{', '.join(teacher.classes[:3])}, ...; train one on these.")
-    return teacher.to(processes.device)
+    teacher.to(processes.device)
+    if val_loader is not None:
+        try_teacher(teacher, val_loader, cfg, processes)
+    if cfg.compile:   # after a first call, which makes the copy in autocast's type
+        ask(teacher, torch.zeros(1, 3, cfg.img_size, cfg.img_size, device=processes.device), 0, 0,
+            processes)
+        teacher.compile()
+    if state.answers:
+        state.answers.set_teacher(teacher, processes)
+    return state.answers or teacher
 
 
 def try_teacher(teacher, val_loader, cfg, processes):
@@ -996,10 +1109,13 @@ def try_teacher(teacher, val_loader, cfg, processes):
     processes.print0(f"teacher        {cfg.teacher} {cfg.teacher_weights}, {accuracy:.1f} % right "
                      f"on {len(some)} validation images")
     bound = chance + 2 * math.sqrt(chance * (1 - chance) / len(some))   # two standard errors
-    if cfg.teacher_weights != "none" and accuracy / 100 <= bound < 0.9:   # else too few to tell
-        raise InputError(f"the teacher is right on {accuracy:.1f} % of {len(some)} validation "
-                         "images, no better than chance: its classes are in another order than "
-                         f"{cfg.data}'s, or it is not trained.")
+    if cfg.teacher_weights != "none" and accuracy / 100 <= bound:
+        what = (f"the teacher is right on {accuracy:.1f} % of {len(some)} validation images, no "
+                f"better than chance: its classes are in another order than {cfg.data}'s, or it is "
+                "not trained")
+        if len(some) >= 200:
+            raise InputError(what + ".")
+        processes.print0(f"warning        {what} (or the images are too few to tell).")
 
 
 def make_board(cfg, state, processes):
@@ -1164,11 +1280,7 @@ def train(args, processes):
             with contextlib.suppress(FileNotFoundError):   # damaged: it must not become the next
                 os.replace(paths["last.pt"], paths["last.pt"] + ".damaged")         # last.prev.pt
     del saved
-    teacher = make_teacher(cfg, processes)
-    if teacher:
-        try_teacher(teacher, val_loader, cfg, processes)
-        if cfg.compile:
-            teacher.compile()   # only now: its first call made the copy in autocast's type
+    teacher = make_teacher(cfg, state, train_images, val_loader, processes)
     print_start(state, cfg, train_images, val_images, processes)
     if processes.rank == 0:
         os.makedirs(output, exist_ok=True)
@@ -1220,10 +1332,11 @@ def run_eval(args, processes):
     loader, _ = make_loader(EvalDataset(folder), [], processes)
     processes.join()
     given = {f: getattr(args, f) for f in ("img_size", "num_heads") if getattr(args, f) is not None}
+    model = args.model if ":" in args.model else None
     model = processes.main_process_first(
-        lambda: deit.load_model(args.eval, say=processes.print0, **given))
+        lambda: deit.load_model(args.eval, model=model, say=processes.print0, **given))
     known, size = model.config["num_classes"], model.config["img_size"]
-    model = must_accept(model, args.eval, size).to(processes.device)
+    model = must_accept(model, args.eval, size, known).to(processes.device)
     folder.renumber(model.classes or folder.classes)
     if known != len(folder.classes):
         raise InputError(f"{args.eval} knows {known} classes, {folder.root} has "
@@ -1274,7 +1387,7 @@ def run_benchmark(args, processes):
     val_loader, batches = make_loaders(train_images, val_images, cfg, processes)
     processes.join()
     state = State(make_model(cfg), cfg, processes)
-    teacher = make_teacher(cfg, processes)
+    teacher = make_teacher(cfg, state, train_images, None, processes)
     state.model.train()
     micro, mine = cfg.micro_batch, cfg.batch_size // processes.world_size
     ready = 2 * processes.workers + 1   # micro-batches that may wait finished: never counted
@@ -1282,23 +1395,27 @@ def run_benchmark(args, processes):
     rate = functools.partial(measure_rate, processes)
     loader_rate = rate(lambda: next(batches), micro, warm_up=ready)
     batch = next(batches)
-    fixed = teacher_rate = None
-    if teacher:
+    teacher_rate, no_cost = None, teacher   # of a complete Answers
+    if teacher and not (state.answers and state.answers.complete):
         images = normalise(batch[0], processes.device)
-        fixed = ask(teacher, images, processes)   # its first call makes the copy in autocast's type
-        if cfg.compile:
-            teacher.compile()
-        teacher_rate = rate(lambda: ask(teacher, images, processes), micro)
+        asked = state.answers.teacher if state.answers else teacher
+        fixed = ask(asked, images, 0, 0, processes)
+        teacher_rate = rate(lambda: ask(asked, images, 0, 0, processes), micro)
+        no_cost = lambda images: fixed   # its answer, without its forward pass
+
+    def step(teacher, batches):
+        train_step(state, teacher, batches, cfg, processes)
+        state.step %= cfg.total_steps
+
     again = itertools.repeat(batch)
-    no_cost = teacher and (lambda images: fixed)   # its answer, without its forward pass
-    student_rate = rate(lambda: train_step(state, no_cost, again, cfg, processes), mine)
+    student_rate = rate(lambda: step(no_cost, again), mine)
     for _ in range(ready):
         next(batches)
-    step_rate = rate(lambda: train_step(state, teacher, batches, cfg, processes), mine, warm_up=0)
+    step_rate = rate(lambda: step(teacher, batches), mine, warm_up=0)
     some = np.arange(min(len(val_images), 4 * micro * processes.world_size))
     val_rate = rate(lambda: evaluate(state.evaluated(), val_loader, some, cfg.img_size, micro,
                                      processes), len(some) / processes.world_size)
-    device_rate = 1 / (1 / student_rate + (1 / teacher_rate if teacher else 0))
+    device_rate = 1 / (1 / student_rate + (1 / teacher_rate if teacher_rate else 0))
     seconds = cfg.epoch_steps * cfg.batch_size / step_rate + len(val_images) / val_rate
     result = {"loader_img_per_s": loader_rate, "teacher_img_per_s": teacher_rate,
               "student_img_per_s": student_rate, "step_img_per_s": step_rate,
@@ -1315,7 +1432,7 @@ def run_benchmark(args, processes):
     for title, value in rows.items():
         processes.print0(f"  {title:56s}" + (f"{value:9.1f} img/s" if value else "     none"))
     slowest = "the loader" if loader_rate < device_rate else "the teacher" if (
-        teacher and teacher_rate < student_rate) else "the student"
+        teacher_rate and teacher_rate < student_rate) else "the student"
     processes.print0(f"bottleneck: {slowest}; the device takes {device_rate:.1f} img/s, which "
                      f"{result['workers_needed']} workers a process keep busy\n"
                      f"projected: {result['projected_hours']:.1f} hours for {cfg.epochs} epochs of "
@@ -1363,6 +1480,8 @@ def parse(argv):
     add("--teacher", "a torchvision classifier or a DeiT", "regnet_y_16gf", metavar="NAME")
     add("--teacher-weights", "torchvision's name, a file or URL, or none for random ones",
         "IMAGENET1K_V2", metavar="W")
+    add("--teacher-answers", "keep the teacher's predictions here and ask only for what is "
+        "missing: the next student needs no teacher [off]", metavar="FILE")
     add("--alpha", "weight of the distillation loss [0.5 hard, 0.1 soft]", type=float, metavar="X")
     add("--tau", "temperature of soft distillation", 3.0, float, metavar="X")
 
@@ -1425,6 +1544,9 @@ def check(args):
             value = getattr(args, name)
             if value is not None and not holds(value):
                 raise InputError(f"--{name.replace('_', '-')} is {value}: {what}.")
+    if args.teacher_answers and args.distillation == "soft":
+        raise InputError("--teacher-answers holds predicted classes, no probabilities: leave it "
+                         "out with --distillation soft.")
     if args.pretrained and args.finetune:
         raise InputError(f"--pretrained means --finetune {args.model}: leave out one of the two.")
 
@@ -1440,6 +1562,15 @@ DEMO_PATTERNS = {   # where a pattern of period p is dark; all of them look the 
     "checks": lambda x, y, p: (x % p < p // 2) == (y % p < p // 2),
     "dots": lambda x, y, p: (x % p - p / 2) ** 2 + (y % p - p / 2) ** 2 < (0.32 * p) ** 2,
 }
+
+
+def demo_regnet(num_classes):
+    """A very small RegNet for very small images."""
+    models = deit.torchvision_models()
+    parameters = models.regnet.BlockParams(
+        depths=[1, 1, 2, 2], widths=[32, 64, 128, 192], group_widths=[16] * 4,
+        bottleneck_multipliers=[1.0] * 4, strides=[1, 2, 2, 2], se_ratio=0.25)
+    return models.RegNet(parameters, num_classes=num_classes, stem_width=32)
 
 
 def draw_demo(folder, counts=(("train", 2400), ("val", 1200)), size=80):
@@ -1478,7 +1609,7 @@ def draw_demo(folder, counts=(("train", 2400), ("val", 1200)), size=80):
 
 DEMO_PLAIN = ("--img-size 48 --batch-size 64 --repeats 1 --randaugment 0 --mixup 0 --cutmix 0 "
               "--erasing 0 --smoothing 0 --ema-decay 0")   # crops and flips: pictures this small
-DEMO_TEACHER = f"--model regnet_demo {DEMO_PLAIN} --epochs 12 --warmup-epochs 2 --lr 4e-3"
+DEMO_TEACHER = f"--model train:demo_regnet {DEMO_PLAIN} --epochs 12 --warmup-epochs 2 --lr 4e-3"
 DEMO_STUDENT = (f"{DEMO_PLAIN} --patch-size 8 --embed-dim 128 --depth 4 --num-heads 4 "
                 "--drop-path 0 --epochs 16 --warmup-epochs 3 --lr 3e-3")
 
@@ -1502,7 +1633,7 @@ def demo(seed):
     runs = {"teacher": DEMO_TEACHER,
             "alone": f"--model deit_tiny_patch16_224 {DEMO_STUDENT}",
             "distilled": f"--model deit_tiny_distilled_patch16_224 {DEMO_STUDENT} "
-                         f"--teacher regnet_demo --teacher-weights {weights}"}
+                         f"--teacher train:demo_regnet --teacher-weights {weights}"}
     last = {}
     for name, flags in runs.items():
         argv = ["--data", data, *flags.split(), "--seed", str(seed), "--output",
@@ -1539,9 +1670,15 @@ def error_message(error):
 def end_workers(others):
     """Ends the loader workers at once: they would outlive an error by 30 seconds. others: child
     processes that are none."""
-    for child in set(multiprocessing.active_children()) - set(others):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid, getattr(signal, "SIGALRM", signal.SIGTERM))   # see outlive_signals
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    with contextlib.suppress(ValueError):   # not in the main thread
+        if handler:   # PyTorch's, which takes a worker's end for a failure
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in set(multiprocessing.active_children()) - set(others):
+            child.kill()
+            child.join()
+        if handler:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def main(argv=None):
