@@ -37,6 +37,7 @@ import math
 import os
 import re
 import sys
+import time
 import zipfile
 
 import torch
@@ -45,6 +46,7 @@ from torch import nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)   # of RGB in 0..1, for the student and for the teacher
 IMAGENET_STD = (0.229, 0.224, 0.225)
+STARTED = time.time()
 CROP_RATIO = 0.875   # evaluation: the short side becomes S / 0.875, then the central S x S is cut
 
 
@@ -527,20 +529,25 @@ def released_url(name, weights="DEFAULT"):
 
 
 def download(url):
-    """Path of the URL's file in torch.hub's cache, downloaded unless it is there. A file name that
-    ends in the start of its SHA-256 (-1234abcd.pth) is checked against it. Raises InputError."""
+    """Path of the URL's file in torch.hub's cache. A file whose name ends in the start of its
+    SHA-256 (-1234abcd.pth) is downloaded once and checked; any other is downloaded anew at each
+    start of a program, or, if that fails, the copy in the cache used. Raises InputError."""
     name = os.path.basename(url)
     sha256 = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
     if not sha256:   # best.pt of many places
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    try:
-        if not os.path.exists(path):   # a download that fails leaves no file
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(url, path, sha256 and sha256[1], sys.stderr.isatty())
+    there = os.path.exists(path)
+    if there and (sha256 or os.path.getmtime(path) >= STARTED):   # by a process of this start
+        return path
+    try:   # a download that fails leaves no file, and the former one as it was
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.hub.download_url_to_file(url, path, sha256 and sha256[1], sys.stderr.isatty())
     except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:
-        raise InputError(f"{url} could not be downloaded ({e}): fetch it elsewhere, then give the "
-                         "file's path.") from e
+        if not there:
+            raise InputError(f"{url} could not be downloaded ({e}): fetch it elsewhere, then give "
+                             "the file's path.") from e
+        print(f"{url} could not be downloaded ({e}): the copy of an earlier start is used.")
     return path
 
 
@@ -561,9 +568,12 @@ def read_checkpoint(source):
     except Exception as e:   # the readers of damaged files raise nearly anything
         if path != source:
             os.remove(path)   # half a download, perhaps: not to be found again
-        raise InputError(f"{path} is no checkpoint that can be read safely: it is damaged, no "
-                         "file of torch.save (.safetensors, say), or holds more than tensors and "
-                         f"values ({type(e).__name__}).") from e
+        if str(source).endswith(".safetensors"):
+            raise InputError(f"{path} cannot be read: .safetensors needs a recent PyTorch (2.14 "
+                             "reads it, 2.7 does not) and pip install safetensors.") from e
+        raise InputError(f"{path} is no checkpoint that can be read safely: it is damaged, no file "
+                         "of torch.save, or holds more than tensors and values "
+                         f"({type(e).__name__}).") from e
     return as_checkpoint(content, source)
 
 
@@ -589,7 +599,7 @@ def as_checkpoint(content, source="the state dict"):
 
 
 def regnet_name(key):
-    """torchvision's name of a RegNet's parameter, from timm's, which the paper's teacher has too."""
+    """torchvision's name of a RegNet's parameter, from timm's, which the paper's teacher has."""
     for timm, torchvision in ((".conv.", ".0."), (".bn.", ".1."), (".conv1.", ".f.a."),
                               (".conv2.", ".f.b."), (".conv3.", ".f.c."), (".se.", ".f.se."),
                               (".downsample.", ".proj."), ("head.fc.", "fc.")):
@@ -713,9 +723,12 @@ def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
 # ------------------------------------------------------------------------------------------------
 
 def to_rgb(image):
-    """Any Pillow image as RGB. Transparency is dropped and EXIF rotation not applied, as in the
-    recipe; 16-bit grey keeps its upper 8 bits (Pillow's own conversion would clip it to white)."""
-    if image.mode.startswith("I"):
+    """Any Pillow image of 8 or 16 bits as RGB. Transparency is dropped and EXIF rotation not
+    applied, as in the recipe; 16-bit grey keeps its upper 8 bits (Pillow's own conversion would
+    clip it to white). Raises ValueError for 32 bits and floats: their range is not known."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its values (mode {image.mode}) may have any range: convert it to 8 bits")
+    if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -817,6 +830,7 @@ def main(argv=None):
     parser.add_argument("--num-heads", type=int, help="of a file that does not tell it")
     parser.add_argument("--attention", metavar="OUT.png", help="draw what the tokens look at")
     args = parser.parse_args(argv)
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # any name, any console
     overrides = {} if args.num_heads is None else {"num_heads": args.num_heads}
     try:
         if args.photo:
@@ -831,5 +845,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")   # class names on any console
     main()

@@ -1096,12 +1096,15 @@ def test_mixed_targets_say_what_is_in_the_pixels():
 
 
 def test_every_mode_of_image_becomes_rgb():
-    modes = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I", "F", "I;16"]
+    modes = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "I;16", "I;16B"]
     for mode in modes:
         image = Image.new(mode, (5, 4))
         assert deit.to_rgb(image).mode == "RGB" and deit.to_rgb(image).size == (5, 4), mode
     deep = Image.fromarray(np.full((4, 5), 40000, np.uint16))
     assert deit.to_rgb(deep).getpixel((0, 0)) == (156, 156, 156)  # 40000 / 256, not white
+    for mode in ("I", "F"):   # of any range
+        with raises("convert it to 8 bits", ValueError):
+            deit.to_rgb(Image.new(mode, (5, 4)))
     palette = Image.new("P", (2, 2))
     palette.info["transparency"] = b"\x00\xff"
     assert deit.to_rgb(palette).mode == "RGB"
@@ -1694,7 +1697,7 @@ def test_bad_folders_get_one_sentence():
 
     for folder in refused("there is no folder"):
         os.rename(os.path.join(folder, "val"), os.path.join(folder, "test"))
-    for folder in refused("val holds no class folders"):
+    for folder in refused("val holds 3 images and no class folders"):
         for name in ("1", "10", "2"):
             os.rename(
                 os.path.join(folder, "val", name, "0.JPEG"),
@@ -2136,7 +2139,7 @@ def test_benchmark_never_counts_views_that_were_ready():
         time.sleep(0.1)
         return real(self, item)
 
-    quick = functools.partial(train.measure_rate, seconds=1)
+    quick = functools.partial(train.measure_rate, seconds=2)
     for accumulation in (1, 4):
         with patched(train.TrainDataset, "__getitem__", slowly), \
                 patched(train, "measure_rate", quick):
@@ -2295,7 +2298,8 @@ def test_any_module_can_teach_and_be_trained_and_nothing_is_written_onto_it():
         with torch.autocast("cpu", torch.bfloat16):
             close(teacher(x), own(x).logits, 0)
         assert mine.calls[0] == (False, torch.float32, False) and not teacher.cast
-        assert teacher.model.module.config == "mine" and not hasattr(teacher.model.module, "classes")
+        inner = teacher.model.module
+        assert inner.config == "mine" and not hasattr(inner, "classes")
         assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()) == 1
         flags = ["--epochs", "2", "--output"]
         log, _ = run("--teacher", "mine:net", "--teacher-weights", "IMAGENET1K_V2", *flags, "a")
@@ -2306,7 +2310,8 @@ def test_any_module_can_teach_and_be_trained_and_nothing_is_written_onto_it():
                              ("cannot be imported", "no_such:net")):
             with raises(phrase, SystemExit):
                 run("--teacher", name, *flags, "c")
-        argv = ["--data", shared_images(), "--model", "mine:plain", "--workers", "0", "--amp", "off"]
+        argv = ["--data", shared_images(), "--workers", "0", "--amp", "off"]
+        argv += ["--model", "mine:plain"]
         quiet(train.main, [*argv, "--epochs", "2", "--batch-size", "12", "--img-size", "32",
                            "--output", "own"])
         best = torch.load("own/best.pt", weights_only=True)
@@ -2325,7 +2330,8 @@ def test_only_a_name_that_the_user_typed_is_imported():
             f.write("import os\nos.mkdir('exploded')\n")
         torch.save({"model": {"w": torch.ones(1)}, "classes": ["a", "b", "c"], "config": {
             "name": "evil:net", "num_classes": 3, "img_size": 32}}, "w.pt")
-        for call in (lambda: deit.load_model("w.pt"), lambda: deit.main(["x.jpg", "--weights", "w.pt"]),
+        for call in (lambda: deit.load_model("w.pt"),
+                     lambda: deit.main(["x.jpg", "--weights", "w.pt"]),
                      lambda: train.main(["--data", shared_images(), "--eval", "w.pt"])):
             with raises("names a model by module (evil:net): give --model", (
                     deit.InputError, SystemExit)):
@@ -2395,6 +2401,247 @@ def test_teachers_answers_recorded_and_replayed_are_the_live_run():
             f.write(bytes(2))
         with raises("another teacher's weights", SystemExit):
             run(*base, "no", "--teacher-answers", "a")
+
+
+# ------------------------------------------------------------------------------------------------
+# What people run into
+# ------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def working_folder():
+    here = os.getcwd()
+    with temporary() as folder:
+        os.chdir(folder)
+        try:
+            yield folder
+        finally:
+            os.chdir(here)
+
+
+def touch(*paths):
+    for path in paths:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        noise_image(8, 8).save(path, "png")
+
+
+def test_the_list_of_images_is_torchvisions_and_what_is_left_out_is_said():
+    from torchvision.datasets import ImageFolder
+    with working_folder():
+        touch("r/a/2.jpg", "r/a/cam1/x.PNG", "r/a/cam1/night/0.webp", "r/a/cam1.b/1.jpeg",
+              "r/b/1.bmp", "r/b/10.tiff", "r/b.c/9.ppm", "elsewhere/l.jpg", "r/\u732b/\u5199.pgm")
+        os.symlink(os.path.abspath("elsewhere"), "r/b/link")
+        ours, theirs = train.ImageFolder("r"), ImageFolder("r")
+        assert [(ours.path(i), ours.labels[i]) for i in range(len(ours))] == theirs.samples
+        assert ours.classes == theirs.classes and len(ours) == 9 and ours.left_out == []
+        touch("r/a/x.jfif", "r/a/y.GIF", "r/a/z.jpe", "r/a/.hidden.jpg", "r/a/.cache/h.jpg",
+              "r/a/notes.txt", "r/b/video.mp4", "r/readme.md")
+        os.symlink("/nowhere", "r/lost")
+        os.symlink(os.path.abspath("r/a"), "r/a/cam1/up")             # its own ancestor
+        os.symlink(os.path.abspath("r"), "elsewhere/round")           # by two links
+        ours = train.ImageFolder("r")
+        assert len(ours) - 9 == 3, "three more suffixes; neither link up was entered"
+        assert ours.left_out == ["r/lost", "r/readme.md", "r/a/notes.txt", "r/b/video.mp4"]
+        draw_images("d", 4, 1)
+        touch("d/train/1/notes.txt", "d/val/2/cam/x.png")
+        _, said = run("--epochs", "1", "--warmup-epochs", "0", "--output", "o", data="d")
+        assert "left out       1 files" in said and "'d/train/1/notes.txt'" in said
+        assert "12 training and 4 validation images" in said
+
+
+def test_validation_is_chosen_by_the_path_below_the_root():
+    with working_folder():
+        for c in range(20):
+            os.makedirs(f"r/{c:02d}")
+            for i in range(1, 11):
+                open(f"r/{c:02d}/{i}.jpg", "w").close()
+        val, rest = (train.ImageFolder("r", part=part) for part in ((0, 0.2), (0.2, 1)))
+        assert 23 <= len(val) <= 57 and len(val) + len(rest) == 200
+        os.rename("r", "s")
+        assert train.ImageFolder("s", part=(0, 0.2)).fingerprint() == val.fingerprint()
+        draw_images("d", 6, 2)
+        flags = ["--epochs", "2", "--output", "o"]
+        run(*flags, data="d")
+        last = torch.load("o/last.pt", weights_only=True)
+        for split in ("training", "validation"):
+            images = train.ImageFolder("d/train" if split == "training" else "d/val")
+            assert last["flags"][f"{split} images"] == images.fingerprint()
+        os.rename("d/val/1/0.JPEG", "d/val/1/7.JPEG")
+        with raises("a run with other validation images", SystemExit):
+            run(*flags, "--resume", data="d")
+
+
+def test_an_unreadable_images_name_and_reason_are_said():
+    with working_folder():
+        draw_images("d", 4, 2)
+        Image.new("F", (9, 9), 0.5).save("d/val/1/2.tiff")
+        flags = ["--epochs", "1", "--warmup-epochs", "0", "--repeats", "1", "--output"]
+        _, said = run(*flags, "o", data="d")
+        assert ("1 validation images, counted as wrong: 'd/val/1/2.tiff' (ValueError: its values "
+                "(mode F) may have any range") in said
+        with patched(Image, "MAX_IMAGE_PIXELS", 900):   # all JPEGs are intact, but above twice it
+            _, said = quiet(train.main, ["--data", "d", "--eval", "o/best.pt", "--workers", "0"])
+            assert "7 images, counted as wrong: 'd/val/1/0.JPEG' (DecompressionBombError" in said
+            assert "exceeds limit" in said
+        os.truncate("d/train/1/0.JPEG", 900)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), raises("mend those named above", SystemExit):
+            train.main(["--data", "d", *BASE_FLAGS, *flags, "p"])
+        assert "'d/train/1/0.JPEG' (OSError: image file is truncated" in out.getvalue()
+
+
+def test_folders_named_0_to_k_are_classes_by_value():
+    names = [str(i) for i in range(12)]
+    with working_folder():
+        draw_images("d", 3, 1, classes=names)
+        flags = ["--epochs", "2", "--batch-size", "12", "--output", "o"]
+        _, said = run(*flags, data="d")
+        last = torch.load("o/last.pt", weights_only=True)
+        assert last["classes"] == names and "ordered by value: ['0', '1', '2']" in said
+        state = deit.create_model(TI, num_classes=12, img_size=32, depth=1).state_dict()
+        state["head.weight"].zero_(), state["head_dist.weight"].zero_()
+        state["head.bias"][2] = 1                                  # always class 2, without names
+        torch.save(state, "w.pt")
+        for name in set(names) - {"2"}:
+            os.rename(f"d/val/{name}/0.JPEG", f"d/val/2/{name}.JPEG")
+        argv = ["--data", "d", "--workers", "0", "--eval"]
+        assert quiet(train.main, [*argv, "w.pt"])[0]["cls"] == 100
+        torch.save({"model": state, "classes": sorted(names)}, "text.pt")     # its own list wins
+        assert quiet(train.main, [*argv, "text.pt"])[0]["cls"] == 0
+        torch.save(last | {"classes": sorted(names)}, "o/last.pt")
+        with raises("a run with other", SystemExit):
+            run(*flags, "--resume", data="d")
+
+
+def test_no_name_can_end_a_run_on_any_console():
+    with working_folder():
+        draw_images("d", 40, 1, classes=("\u732b", "b", "c"))
+        os.rename("d/train/\u732b/3.JPEG", "d/train/\u732b/\u5199\u771f.JPEG")
+        os.truncate("d/train/\u732b/\u5199\u771f.JPEG", 50)
+        argv = ["--data", "d", *BASE_FLAGS, "--epochs", "2", "--repeats", "1", "--output",
+                "\u51fa\u529b"]
+        env = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+        for program, flags in (("train.py", argv), ("deit.py", [
+                "d/val/\u732b/0.JPEG", "--weights", "\u51fa\u529b/best.pt"])):
+            out = subprocess.run([sys.executable, os.path.join(HERE, program), *flags], env=env,
+                                 capture_output=True, text=True)
+            assert out.returncode == 0 and "\\u732b" in out.stdout, out
+
+
+def test_the_same_teacher_from_another_path_goes_on_and_another_teacher_is_refused():
+    with working_folder():
+        for name in ("t.pth", "u.pth"):
+            torch.save(deit.create_classifier(REGNET, 3).state_dict(), name)
+        flags = [*FLAGS, "--finetune", "w.pth", "--teacher-weights"]
+        torch.save(deit.create_model(TI, img_size=32, patch_size=8, embed_dim=32, depth=2,
+                                     num_heads=2, num_classes=3).state_dict(), "w.pth")
+        with contextlib.suppress(SystemExit):
+            interrupted("o", 4, lambda: os.kill(os.getpid(), signal.SIGTERM), *flags[len(FLAGS):],
+                        "t.pth")
+        os.rename("t.pth", "v.pth")
+        os.remove("w.pth")
+        with raises("has other weights than at the start of this run", SystemExit):
+            run(*flags, "u.pth", "--output", "o", "--resume")
+        assert len(run(*flags, "v.pth", "--output", "o", "--resume")[0]) == 3
+
+
+def test_a_url_without_a_hash_is_fetched_anew_at_each_start():
+    with working_folder() as folder, temporary() as cache, serve(folder) as url:
+        hub = torch.hub.get_dir()
+        torch.hub.set_dir(cache)
+        try:
+            for value in (1, 2):
+                torch.save({"w": torch.tensor(float(value))}, "best.pt")
+                with patched(deit, "STARTED", time.time() + 9):   # every start is later
+                    assert deit.read_checkpoint(url + "best.pt")["model"]["w"] == value
+            torch.save({"w": torch.tensor(3.0)}, "best.pt")
+            read = deit.read_checkpoint(url + "best.pt")          # by another process of this start
+            assert read["model"]["w"] == 2
+            os.remove("best.pt")
+            with patched(deit, "STARTED", time.time() + 9):
+                read, said = quiet(deit.read_checkpoint, url + "best.pt")
+            assert read["model"]["w"] == 2 and "the copy of an earlier start is used" in said
+        finally:
+            torch.hub.set_dir(hub)
+
+
+def test_two_runs_cannot_share_an_output_and_a_killed_one_holds_no_lock():
+    with working_folder():
+        argv = ["--data", shared_images(), *BASE_FLAGS, "--epochs", "999", "--workers", "1",
+                "--output", "o"]
+        command = [sys.executable, os.path.join(HERE, "train.py"), *argv]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not os.path.exists("o/last.pt"):
+            assert process.poll() is None
+            time.sleep(0.1)
+        with raises("another run is writing into o", SystemExit):
+            quiet(train.main, [*argv, "--resume"])
+        process.kill()   # its workers live on for a while
+        process.wait()
+        open("o/last.pt.1.tmp", "w").close()
+        log = []
+
+        def stop(record):
+            log.append(record)
+            raise Crash
+
+        with patched(train, "epoch_line", stop), contextlib.suppress(Crash):
+            quiet(train.main, [*argv, "--resume"])
+        assert log and not [name for name in os.listdir("o") if name.endswith(".tmp")]
+
+
+def test_every_launcher_and_signal_gets_a_save_or_a_sentence():
+    with working_folder():
+        for number in (signal.SIGUSR1, signal.SIGHUP):
+            before = signal.getsignal(number)
+            try:
+                interrupted(f"o{number}", 4, lambda: os.kill(os.getpid(), number))
+            except SystemExit as e:
+                assert e.code == 128 + number
+            assert torch.load(f"o{number}/last.pt", weights_only=True)["step"] == 4
+            assert signal.getsignal(number) == before
+        with patched(os, "environ", os.environ | {"RANK": "", "LOCAL_RANK": ""}):
+            run("--local-rank", "3", "--epochs", "1", "--warmup-epochs", "0", "--output", "p")
+        with patched(os, "environ", os.environ | {"WORLD_SIZE": "2"}), \
+                raises("RANK is not set: start several processes with torchrun"):
+            train.Processes("cpu", "off", 0)
+        out = subprocess.run([sys.executable, "-OO", os.path.join(HERE, "train.py"), "--help"],
+                             capture_output=True, text=True)
+        assert out.returncode == 0 and "--teacher-answers" in out.stdout, out
+        with patched(torch, "compile", lambda f: no_compiler), \
+                raises("--compile does not work here (no C++", SystemExit):
+            run("--compile", "--epochs", "2", "--output", "q")
+        assert not os.path.exists("q")
+
+
+def no_compiler(x):
+    raise RuntimeError("no C++ compiler\nand ninety lines more")
+
+
+def test_safetensors_are_read_or_the_sentence_says_what_is_needed():
+    with working_folder():
+        with open("w.safetensors", "wb") as f:
+            header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+            f.write(len(header).to_bytes(8, "little") + header + np.float32(7).tobytes())
+        try:
+            assert deit.read_checkpoint("w.safetensors")["model"]["w"] == 7
+        except deit.InputError as e:
+            assert ".safetensors needs a recent PyTorch" in str(e) and "pip install" in str(e)
+
+
+def test_a_save_holds_tensors_of_the_cpu_and_keeps_a_state_dicts_versions():
+    import torchvision
+    state = torchvision.models.mnasnet0_5(num_classes=2).state_dict()
+    state["meta"] = torch.ones(2, device="cpu")
+    copied = train.to_cpu({"a": [state, {"step": torch.ones(())}], "b": None})
+    assert copied["a"][0]._metadata == state._metadata and copied["a"][0] is not state
+    assert copied["a"][1]["step"] == 1 and copied["b"] is None
+    with patched(torch.Tensor, "cpu", lambda self: "moved"):
+        assert train.to_cpu({"a": [{"b": state["meta"]}]}) == {"a": [{"b": "moved"}]}
+    with patched(torch.cuda, "is_available", lambda: True), \
+            patched(torch.cuda, "device_count", lambda: 1), \
+            patched(os, "environ", os.environ | {"RANK": "1", "LOCAL_RANK": "1"}):
+        with raises("finds only 1 GPUs: start as many processes"):
+            train.Processes(None, "off", 0)
 
 
 def test_the_readmes_example_runs_as_printed():

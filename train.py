@@ -27,6 +27,7 @@ import json
 import math
 import multiprocessing
 import os
+import pathlib
 import random
 import shlex
 import shutil
@@ -232,7 +233,8 @@ def mixup_or_cutmix(images, targets, mixup, cutmix, rng):
 # Data: the list of images in one array, which view comes when, what a loader worker does
 # ------------------------------------------------------------------------------------------------
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm",
+            ".tif", ".tiff")
 
 
 def stable_hash(data):
@@ -240,12 +242,34 @@ def stable_hash(data):
     return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
 
 
-class ImageFolder:
-    """The images of root/<class>/*, sorted as text by class and name, without hidden files.
+def walk(root):
+    """(folder, file names) of root and all folders below it, sorted. Links are followed, except to
+    a folder that holds the link itself; hidden folders are left out."""
+    found = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        found.append((folder, sorted(files)))
+        for name in list(subfolders):
+            path = os.path.join(folder, name)
+            above = (folder, *pathlib.Path(folder).parents) if os.path.islink(path) else ()
+            if name[0] == "." or os.path.realpath(path) in map(os.path.realpath, above):
+                subfolders.remove(name)
+    return sorted(found)
 
-    File names are held in one array: a Python list of a million names would be copied into every
-    worker by its reference counts. classes: the list that numbers the classes (None: this folder's
-    own). part: only images whose hashed name, in 0..1, lies in this range. Raises InputError.
+
+def class_order(names):
+    """Sorted as text; folders that are exactly 0 ... K-1 by value."""
+    by_value = {str(i) for i in range(len(names))} == set(names)
+    return sorted(names, key=int if by_value else str)
+
+
+class ImageFolder:
+    """The images of root/<class>/, at any depth, without hidden files: the list and order of
+    torchvision's ImageFolder, but classes named 0 ... K-1 are ordered by value.
+
+    Names are held in one array: a Python list of a million would be copied into every worker by its
+    reference counts. classes: the list that numbers the classes (None: this folder's own). part:
+    only images whose path below root, hashed to 0..1, lies in this range. left_out: paths that are
+    no images. Raises InputError.
     """
 
     def __init__(self, root, classes=None, part=(0, 1)):
@@ -253,16 +277,20 @@ class ImageFolder:
             raise InputError(f"there is no folder {root}: give --data a folder that holds "
                              "train/<class>/<image> and val/<class>/<image>, or --val-fraction if "
                              "it holds class folders only.")
-        self.root, self.part = root, part
-        self.folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
+        self.root, self.part, self.left_out = root, part, []
+        entries = [e for e in os.scandir(root) if e.name[0] != "."]
+        self.folders = class_order([e.name for e in entries if e.is_dir()])
+        self.left_out += sorted(e.path for e in entries if not e.is_dir())
         if not self.folders:
-            raise InputError(f"{root} holds no class folders: put the images of each class into a "
-                             "folder of its own.")
+            flat = sum(path.lower().endswith(SUFFIXES) for path in self.left_out)
+            how = " (the README has lines that sort ImageNet's flat val folder)" if flat else ""
+            raise InputError(f"{root} holds {flat or 'no'} images and no class folders: put the "
+                             f"images of each class into a folder of its own{how}.")
         names, counts = [], []
         for folder in self.folders:
-            files = self.list_images(folder)
-            names += files
-            counts.append(len(files))
+            images = self.list_images(folder)
+            names += images
+            counts.append(len(images))
         if not names:
             chosen = "" if part == (0, 1) else "among those that --val-fraction chooses "
             raise InputError(f"{root} holds no images {chosen}({' '.join(SUFFIXES)}).")
@@ -271,13 +299,21 @@ class ImageFolder:
         self.names = np.frombuffer(b"".join(names), np.uint8)
         self.renumber(classes or self.folders)
 
-    def list_images(self, folder):
-        """Sorted file names, as bytes, of the images in a class folder."""
-        files = os.listdir(os.path.join(self.root, folder))
-        files = (os.fsencode(f) for f in sorted(files)
-                 if f.lower().endswith(SUFFIXES) and f[0] != ".")
+    def list_images(self, name):
+        """Paths below a class folder, as bytes with /, of its images in this part."""
+        images, top = [], os.path.join(self.root, name)
         low, high = self.part
-        return [f for f in files if self.part == (0, 1) or low <= stable_hash(f) / 2**56 < high]
+        for folder, files in walk(top):
+            below = folder[len(top) + 1:].replace(os.sep, "/") + "/"
+            for file in files:
+                if file[0] != "." and file.lower().endswith(SUFFIXES):
+                    images.append(os.fsencode((below + file).lstrip("/")))
+                elif file[0] != ".":
+                    self.left_out.append(os.path.join(folder, file))
+        if self.part != (0, 1):
+            root = os.fsencode(name) + b"/"
+            images = [i for i in images if low <= stable_hash(root + i) / 2**56 < high]
+        return images
 
     def renumber(self, classes):
         """Labels by another list of classes, which must hold all of this folder's."""
@@ -404,8 +440,8 @@ class EvalDataset:
         for place, i in enumerate(images.tolist()):
             try:
                 views[place] = deit.center_view(self.folder.open(i), size)
-            except Exception as e:   # never replaced: it counts as wrong
-                labels[place], unreadable[i] = -1, f"{type(e).__name__}: {e}".splitlines()[0]
+            except Exception:   # never replaced: it counts as wrong
+                labels[place], unreadable[i] = -1, self.folder.why_unreadable(i)
         return torch.from_numpy(views), torch.from_numpy(labels), unreadable
 
 
@@ -414,6 +450,8 @@ def outlive_signals(worker):
     for 30 more seconds, in which it finishes its step and saves, then end without an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):   # not on Windows
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
         signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
 
@@ -446,6 +484,9 @@ class Processes:
         self.launched = bool(os.environ.get("RANK"))   # by torchrun, with one process too
         self.rank, self.world_size = variable("RANK", 0), variable("WORLD_SIZE", 1)
         self.local_rank, local_size = variable("LOCAL_RANK", 0), variable("LOCAL_WORLD_SIZE", 1)
+        if self.world_size > 1 and not self.launched:
+            raise InputError(f"WORLD_SIZE is {self.world_size}, but RANK is not set: start several "
+                             "processes with torchrun, or unset WORLD_SIZE.")
         self.device = self.choose_device(device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -468,6 +509,10 @@ class Processes:
                              "or install a driver and a CUDA build of PyTorch.")
         try:
             device = torch.device(f"cuda:{self.local_rank}" if name == "cuda" else name)
+            if device.type == "cuda" and device.index >= torch.cuda.device_count():
+                raise InputError(f"process {self.local_rank} of this node finds only "
+                                 f"{torch.cuda.device_count()} GPUs: start as many processes as "
+                                 "there are GPUs (--nproc_per_node).")
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as e:
             raise InputError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from e
@@ -548,8 +593,9 @@ class Processes:
 
 @contextlib.contextmanager
 def caught_signals(processes):
-    """SIGTERM (pre-emption) and SIGINT (Ctrl-C) are only noted in processes.signal: the loop saves
-    and stops. The fourth one ends the program at once."""
+    """SIGTERM, SIGUSR1 (pre-emption), SIGINT (Ctrl-C) and SIGHUP (a closed terminal), unless it was
+    ignored as under nohup, are only noted in processes.signal: the loop saves and stops. The fourth
+    one ends the program at once."""
     count, former = itertools.count(1), {}
 
     def note(number, frame):
@@ -558,8 +604,10 @@ def caught_signals(processes):
             os._exit(128 + number)
 
     with contextlib.suppress(ValueError):   # not in the main thread: as before
-        for number in (signal.SIGTERM, signal.SIGINT):
-            former[number] = signal.signal(number, note)
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):   # the last two: not on Windows
+            number = getattr(signal, name, None)
+            if number and (name == "SIGINT" or signal.getsignal(number) != signal.SIG_IGN):
+                former[number] = signal.signal(number, note)
     try:
         yield
     finally:
@@ -838,28 +886,67 @@ def evaluate(models, loader, images, size, batch, processes):
 # Saving, and going on from a save
 # ------------------------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def output_folder(path, processes):
+    """Makes the folder and, on rank 0, locks it while the block runs, since two runs in one folder
+    would overwrite each other's saves; removes what killed runs left half-written. Raises
+    InputError if another run has the lock."""
+    if processes.rank:
+        yield
+        return
+    os.makedirs(path, exist_ok=True)
+    with open(os.path.join(path, ".lock"), "w") as lock:
+        try:   # lockf: unlike flock's, its locks are not inherited by workers, which may live on
+            import fcntl
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as e:
+            raise InputError(f"another run is writing into {path}: wait for its end, or choose "
+                             "another --output.") from e
+        except (ImportError, OSError):
+            pass   # Windows, or a disk without locks
+        for name in os.listdir(path):
+            if name.endswith(".tmp"):
+                os.remove(os.path.join(path, name))
+        yield
+
+
 def save(path, write, keep=None):
     """write(file) into a file beside `path`, onto the disk, then renamed: `path` is always whole.
     The file that was there is kept as `keep`. Raises OSError; what was there is then still there,
     perhaps as `keep`."""
+    beside = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(path + ".tmp", "wb") as f:
+        with open(beside, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
         if keep and os.path.exists(path):
             os.replace(path, keep)
-        os.replace(path + ".tmp", path)
+        os.replace(beside, path)
     except (OSError, RuntimeError) as e:   # torch.save turns a failing write into a RuntimeError
         with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
+            os.remove(beside)
         raise OSError(f"{path} could not be written ({str(e).splitlines()[0]})") from e
 
 
-def save_log(cfg, log):
+def to_cpu(thing):
+    """A copy with all tensors on the CPU, so that plain torch.load opens it on any machine."""
+    if torch.is_tensor(thing):
+        return thing.cpu()
+    if isinstance(thing, list):
+        return [to_cpu(value) for value in thing]
+    if isinstance(thing, dict):
+        thing = copy.copy(thing)   # with a state dict's versions
+        for key, value in thing.items():
+            thing[key] = to_cpu(value)
+    return thing
+
+
+def save_log(cfg, log, processes):
     """log.jsonl: one line per epoch."""
-    lines = "".join(json.dumps(record) + "\n" for record in log)
-    save(cfg.paths["log.jsonl"], lambda f: f.write(lines.encode()))
+    if processes.rank == 0:
+        lines = "".join(json.dumps(record) + "\n" for record in log)
+        save(cfg.paths["log.jsonl"], lambda f: f.write(lines.encode()))
 
 
 def check_finite(state, total_loss, cfg):
@@ -879,7 +966,7 @@ def save_state(state, cfg, processes, is_best=False):
     said and the run goes on. Returns 0 if all was written, 1 if best.pt alone, 2 if nothing."""
     if state.answers:
         state.answers.save(processes)
-    checkpoint = state.state_dict(processes)
+    checkpoint = to_cpu(state.state_dict(processes))
     check_finite(state, checkpoint["totals"][0], cfg)
     checkpoint |= {"epoch": state.step // cfg.epoch_steps, "config": state.model.config,
                    "classes": cfg.classes, "flags": cfg.flags, "preprocessing": {
@@ -896,7 +983,7 @@ def save_state(state, cfg, processes, is_best=False):
             missing = 1
             save(cfg.paths["last.pt"], lambda f: torch.save(checkpoint, f),
                  cfg.paths["last.prev.pt"])
-            save_log(cfg, state.log)
+            save_log(cfg, state.log, processes)
             missing = 0
         except OSError as e:
             processes.print0(f"not saved      {e}; the former save stands")
@@ -922,7 +1009,8 @@ def read_last(paths, processes):
 # What may differ when a run is resumed: where and how it runs, and what does not change its result
 # once there is a save. Then the remedies for a run that diverged or met a smaller memory.
 FREE = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
-        "save_minutes", "tensorboard", "finetune", "pretrained", "teacher_answers"}
+        "save_minutes", "tensorboard", "finetune", "pretrained", "teacher_answers", "teacher",
+        "teacher_weights", "local_rank"}   # of a teacher its weights' hash counts: make_teacher
 REMEDIES = {"lr", "min_lr", "clip_grad", "amp", "micro_batch", "compile"}
 
 
@@ -944,6 +1032,8 @@ def check_resume(saved, cfg, processes):
                          "or another --output.")
     for f in changed:
         processes.print0(f"changed        --{f.replace('_', '-')} from {before.get(f)} to {now[f]}")
+    if "teacher's weights" in before:
+        cfg.flags["teacher's weights"] = before["teacher's weights"]
     processes.print0(f"resumed        {path}, {saved['step']} of {cfg.total_steps} steps done")
 
 
@@ -951,8 +1041,8 @@ def check_resume(saved, cfg, processes):
 # The run: configuration, model and teacher, the loop
 # ------------------------------------------------------------------------------------------------
 
-def load_images(args):
-    """The training and the validation images. Raises InputError."""
+def load_images(args, print0=print):
+    """The training and the validation images. What is unexpected is printed. Raises InputError."""
     where = [os.path.join(args.data, name) for name in ("train", "val")]
     if args.val_fraction:
         for folder in where:
@@ -973,6 +1063,12 @@ def load_images(args):
     if len(train.classes) < 2:
         raise InputError(f"{train.root} holds one class only, {train.classes[0]}: there is no "
                          "choice to learn.")
+    left_out = sorted({*train.left_out, *val.left_out})
+    if left_out:
+        print0(f"left out       {len(left_out)} files that are no images by their suffix, or links "
+               f"to nowhere: {', '.join(map(repr, left_out[:3]))}")
+    if train.classes != sorted(train.classes):
+        print0(f"classes        are numbers, so they are ordered by value: {train.classes[:3]} ...")
     return train, val
 
 
@@ -1040,6 +1136,15 @@ def make_loaders(train_images, val_images, cfg, processes, step=0):
     return val_loader, make_loader(TrainDataset(train_images, cfg), sampler, processes)[1]
 
 
+def check_compiler(processes):
+    """Raises InputError unless torch.compile works here."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=processes.device))
+    except Exception as e:   # no compiler, no Triton, no write access to a cache
+        raise InputError(f"--compile does not work here ({str(e).strip().splitlines()[0]}): "
+                         "install a C++ compiler (on a GPU Triton too), or leave it out.") from e
+
+
 def must_accept(model, name, size, num_classes):
     """The model, if it takes images of that size (a torchvision transformer takes one only) and
     answers with num_classes logits."""
@@ -1054,7 +1159,7 @@ def must_accept(model, name, size, num_classes):
     return model.train(mode)
 
 
-def make_model(cfg):
+def make_model(cfg, processes):
     """The model to train, with random weights from the seed."""
     names = "img_size", "patch_size", "embed_dim", "depth", "num_heads", "drop_path"
     given = {f: getattr(cfg, f) for f in names if getattr(cfg, f) is not None}
@@ -1062,6 +1167,8 @@ def make_model(cfg):
         given = {"drop_path": 0.1} | given
     torch.manual_seed(rng_for(cfg.seed, "weights").getrandbits(63))
     model = deit.create_classifier(cfg.model, cfg.num_classes, **given)
+    if processes.device.type == "cuda":   # channels-last once slowed a RegNet's training by 3 there
+        model.to(memory_format=torch.contiguous_format)
     return must_accept(model, cfg.model, cfg.img_size, cfg.num_classes)
 
 
@@ -1087,6 +1194,10 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     if teacher.classes not in (None, cfg.classes):
         raise InputError(f"the teacher {weights} was trained on other classes than {cfg.data}'s: "
                          f"{', '.join(teacher.classes[:3])}, ...; train one on these.")
+    before = cfg.flags.setdefault("teacher's weights", teacher.sha256)   # of the run, if resumed
+    if before != teacher.sha256:
+        raise InputError(f"the teacher {weights} has other weights than at the start of this run: "
+                         "give the same file again, or another --output.")
     teacher.to(processes.device)
     if val_loader is not None:
         try_teacher(teacher, val_loader, cfg, processes)
@@ -1250,15 +1361,16 @@ def train(args, processes):
     if saved is None and os.path.exists(paths["best.pt"]):
         raise InputError(f"{output} holds best.pt, but no last.pt to go on from: move it away, or "
                          "choose another --output.")
-    train_images, val_images = load_images(args)
+    train_images, val_images = load_images(args, processes.print0)
     cfg = make_config(args, processes, train_images, val_images, saved)
     if saved:
         check_resume(saved, cfg, processes)
-        if processes.rank == 0:
-            save_log(cfg, saved["log"])
         if len(saved["log"]) == cfg.epochs:
+            save_log(cfg, saved["log"], processes)
             processes.print0(f"finished       nothing left to do, best top-1 {saved['best']:.2f} %")
             return saved["log"]
+    if cfg.compile:
+        check_compiler(processes)
 
     # Workers are forked first. They get the checkpoint's step, not its tensors: read_checkpoint
     # maps these from the disk, and they are read below.
@@ -1268,7 +1380,7 @@ def train(args, processes):
     processes.check_same(step=step, device=processes.device.type, precision=processes.precision, **{
         f: value for f, value in cfg.flags.items() if f not in FREE or f == "log_every"})
 
-    model = make_model(cfg)
+    model = make_model(cfg, processes)
     initial = cfg.model if cfg.pretrained else cfg.finetune
     if initial and not saved:
         processes.main_process_first(lambda: deit.load_weights(
@@ -1276,19 +1388,19 @@ def train(args, processes):
     state = State(model, cfg, processes)
     if saved:
         state.load_state_dict(saved, processes, train_images)
-        if saved["source"] == paths["last.prev.pt"] and processes.rank == 0:
-            with contextlib.suppress(FileNotFoundError):   # damaged: it must not become the next
-                os.replace(paths["last.pt"], paths["last.pt"] + ".damaged")         # last.prev.pt
+    damaged = saved and saved["source"] == paths["last.prev.pt"]
     del saved
     teacher = make_teacher(cfg, state, train_images, val_loader, processes)
     print_start(state, cfg, train_images, val_images, processes)
-    if processes.rank == 0:
-        os.makedirs(output, exist_ok=True)
-    board = make_board(cfg, state, processes)
-    if step == 0 and save_state(state, cfg, processes):
-        raise InputError(f"nothing can be saved in {output}: make room, or choose another "
-                         "--output.")
-    train_epochs(state, teacher, batches, cfg, train_images, val_loader, board, processes)
+    with output_folder(output, processes):
+        if damaged and os.path.exists(paths["last.pt"]) and processes.rank == 0:
+            os.replace(paths["last.pt"], paths["last.pt"] + ".damaged")   # no next last.prev.pt
+        board = make_board(cfg, state, processes)
+        save_log(cfg, state.log, processes)
+        if step == 0 and save_state(state, cfg, processes):
+            raise InputError(f"nothing can be saved in {output}: make room, or choose another "
+                             "--output.")
+        train_epochs(state, teacher, batches, cfg, train_images, val_loader, board, processes)
     return state.log
 
 
@@ -1382,11 +1494,11 @@ def run_benchmark(args, processes):
     """--benchmark: times the loader, the teacher, the run's own train_step on one batch again and
     again, the same with the loader, and validation; prints a table and, as the last line, a JSON
     object. Rates are views per second of all processes. Nothing is saved. Raises InputError."""
-    train_images, val_images = load_images(args)
+    train_images, val_images = load_images(args, processes.print0)
     cfg = make_config(args, processes, train_images, val_images)
     val_loader, batches = make_loaders(train_images, val_images, cfg, processes)
     processes.join()
-    state = State(make_model(cfg), cfg, processes)
+    state = State(make_model(cfg, processes), cfg, processes)
     teacher = make_teacher(cfg, state, train_images, None, processes)
     state.model.train()
     micro, mine = cfg.micro_batch, cfg.batch_size // processes.world_size
@@ -1446,8 +1558,8 @@ def run_benchmark(args, processes):
 # ------------------------------------------------------------------------------------------------
 
 def parse(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                usage="%(prog)s [--data DIR] [flags]")
+    p = argparse.ArgumentParser(description="Trains DeiT with the paper's recipe.",
+                                usage="%(prog)s [--data DIR] [flags]", allow_abbrev=False)
     p.add_argument("--data", metavar="DIR", help="folder of train/<class>/* and val/<class>/*")
     p.add_argument("--val-fraction", metavar="X", type=float, default=0.0, help="DIR holds class "
                    "folders only: validate on this part of their images, chosen by file name [0]")
@@ -1522,6 +1634,7 @@ def parse(argv):
     add("--seed", "of everything drawn", 0, int, metavar="N")
     add("--device", "cuda, mps or cpu [the best there is]", metavar="D")
     add("--log-every", "steps between live lines", 50, int, metavar="N")
+    p.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)   # of old launchers
     args = p.parse_args(argv)
     check(args)
     return args
@@ -1685,6 +1798,7 @@ def main(argv=None):
     """The program. A user's mistake raises SystemExit with one sentence; any other error ends the
     workers and is raised on."""
     processes = None
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # any name, any console
     others = multiprocessing.active_children()
     try:
         args = parse(argv)
