@@ -1619,7 +1619,7 @@ def test_bad_input_gets_one_sentence():
         (["--epochs", "6"], "--data"),
         (["--data", "/nowhere"], "there is no folder /nowhere"),
         (["--model", "deit_huge", "--distillation", "hard"], "neither one of torchvision's classifiers"),
-        (["--model", "regnet_y_400mf", "--patch-size", "8"], "patch_size is for DeiT"),
+        (["--model", "regnet_y_400mf", "--patch-size", "8", "--distillation", "hard"], "patch_size is for DeiT"),
         (["--teacher", "regnet_z"], "neither one of torchvision's classifiers"),
         (["--teacher-weights", "IMAGENET1K_V9"], "neither a file nor a URL"),
         (
@@ -1729,16 +1729,15 @@ def test_demo_draws_what_it_says():
 
 def test_a_demo_that_another_one_outran_takes_its_pictures():
     def draw(folder):
-        for each in (folder, os.path.join(cache, "deit", "demo-1")):   # the other's, meanwhile
+        for each in (folder, "runs/demo-data"):   # the other's, meanwhile
             os.makedirs(each)
             open(os.path.join(each, "a picture"), "w").close()
 
     record = dict(cls=1.0, dist=1.0, both=1.0, val_images=9)
-    with temporary() as cache, patched(train, "draw_demo", draw):
+    with working_folder(), patched(train, "draw_demo", draw):
         with patched(train, "main", lambda argv: [record]):
-            with patched(os, "environ", os.environ | {"XDG_CACHE_HOME": cache}):
-                quiet(train.demo, 0)
-        assert os.listdir(os.path.join(cache, "deit")) == ["demo-1"]
+            _, said = quiet(train.demo, 0)
+        assert "--data runs/demo-data --model train:demo_regnet" in said
 
 
 def test_command_lines_say_what_they_should():

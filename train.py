@@ -30,7 +30,6 @@ import os
 import pathlib
 import random
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -478,12 +477,10 @@ class Processes:
     a method here. One process is a world of size 1. Raises InputError for an unusable device."""
 
     def __init__(self, device=None, amp="auto", workers=None):
-        def variable(name, default):
-            return int(os.environ.get(name) or default)
-
         self.launched = bool(os.environ.get("RANK"))   # by torchrun, with one process too
-        self.rank, self.world_size = variable("RANK", 0), variable("WORLD_SIZE", 1)
-        self.local_rank, local_size = variable("LOCAL_RANK", 0), variable("LOCAL_WORLD_SIZE", 1)
+        self.rank, self.world_size, self.local_rank, local_size = (
+            int(os.environ.get(name) or default) for name, default in (
+                ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
         if self.world_size > 1 and not self.launched:
             raise InputError(f"WORLD_SIZE is {self.world_size}, but RANK is not set: start several "
                              "processes with torchrun, or unset WORLD_SIZE.")
@@ -494,8 +491,8 @@ class Processes:
             torch.backends.cudnn.benchmark = True
             # cuDNN's attention gave NaN gradients in public reports; flash is as fast
             torch.backends.cuda.enable_cudnn_sdp(False)
-        types_ = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
-        self.amp = self.best_precision() if amp == "auto" else types_[amp]
+        chosen = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}
+        self.amp = self.best_precision() if amp == "auto" else chosen[amp]
         self.precision = str(self.amp or torch.float32).removeprefix("torch.")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self.workers = max(1, min(16, cores // local_size)) if workers is None else workers
@@ -684,7 +681,6 @@ class State:
         reasons = {i: train.why_unreadable(i) for i in saved["unreadable"]}   # mended since?
         self.unreadable = {i: reason for i, reason in reasons.items() if reason}
 
-
     def count(self, loss, dist_logits, teacher_logits):
         """Adds a micro-batch to the totals, on the device. One whose loss overflows in fp16, where
         its step is skipped, is not counted; otherwise it shows in the totals."""
@@ -851,10 +847,10 @@ def evaluate(models, loader, images, size, batch, processes):
     loader's folder. Returns {name: {"cls", "dist", "both": top-1 in percent, "cls5", "dist5",
     "both5": top-5}} and {image: reason} of the unreadable ones, which count as wrong. Once a signal
     has come, the rest is left out."""
-    device, labels = processes.device, loader.dataset.folder.labels
+    device, numbers = processes.device, loader.dataset.folder.labels
     mine = images[processes.rank::processes.world_size]
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-    loader.sampler[:] = [(size, part, labels[part]) for part in parts]   # the workers' next items
+    loader.sampler[:] = [(size, part, numbers[part]) for part in parts]   # the workers' next items
     training = [model.training for model in models.values()]
     hits = torch.zeros(len(models), 3, 2, device=device)   # model; cls, dist, both; top-1, top-5
     unreadable = {}
@@ -1079,23 +1075,13 @@ def output_paths(args):
     return output, {name: os.path.join(output, name) for name in names}
 
 
-def distillation_mode(args):
-    """hard, soft or none. Raises InputError if it does not fit the model."""
-    is_distilled = args.model in deit.VARIANTS and deit.VARIANTS[args.model][3]
-    mode = args.distillation or ("hard" if is_distilled else "none")
-    if is_distilled and mode == "none":
-        raise InputError(f"{args.model} learns from a teacher: without one (--distillation none) "
-                         f"take --model {args.model.replace('distilled_', '')}.")
-    return mode
-
-
 def make_config(args, processes, train, val, saved=None):
     """One checked configuration from the flags: every flag, with what follows where it was not
     given, and what is derived from them. saved: the checkpoint to go on from, whose micro-batch is
     the default. cfg.flags is what a checkpoint keeps of it. Raises InputError."""
     cfg = types.SimpleNamespace(**vars(args))
     cfg.output, cfg.paths = output_paths(args)
-    cfg.distillation, cfg.none_is_given = distillation_mode(args), args.distillation == "none"
+    cfg.distillation = args.distillation or ("hard" if args.model in DISTILLED else "none")
     cfg.img_size = args.img_size or deit.VARIANTS.get(args.model, (0, 0, 224))[2]
     cfg.classes, cfg.num_classes = train.classes, len(train.classes)
     # the batch
@@ -1174,14 +1160,8 @@ def make_model(cfg, processes):
 
 def make_teacher(cfg, state, train_images, val_loader, processes):
     """What train_step asks: the frozen teacher on the device, or Answers; None when nothing is to
-    be learned from one. val_loader: where it is tried (None: nowhere). Raises InputError, also for
-    flags of a teacher that would teach nothing."""
+    be learned from one. val_loader: where it is tried (None: nowhere). Raises InputError."""
     if cfg.distillation == "none":
-        for flag in ("teacher", "teacher_weights", "alpha", "tau"):
-            if getattr(cfg, flag) != getattr(parse([]), flag) and not cfg.none_is_given:
-                raise InputError(f"--{flag.replace('_', '-')} is given, but {cfg.model} learns "
-                                 "from a teacher only with --distillation hard or soft: add it, or "
-                                 "drop both.")
         return None
     if cfg.teacher_answers:
         state.answers = Answers(cfg, train_images, processes, state.step)
@@ -1557,6 +1537,10 @@ def run_benchmark(args, processes):
 # Flags: the paper's values are the defaults
 # ------------------------------------------------------------------------------------------------
 
+METAVARS = {int: "N", float: "X", str: "NAME"}
+DISTILLED = [name for name, variant in deit.VARIANTS.items() if variant[3]]
+
+
 def parse(argv):
     p = argparse.ArgumentParser(description="Trains DeiT with the paper's recipe.",
                                 usage="%(prog)s [--data DIR] [flags]", allow_abbrev=False)
@@ -1565,83 +1549,83 @@ def parse(argv):
                    "folders only: validate on this part of their images, chosen by file name [0]")
 
     def group(title):
-        def add(flag, meaning, default=None, type=None, **how):
-            shown = "" if "[" in meaning or how.get("action") else f" [{default}]"
-            how = how if "action" in how else {"type": type, "default": default} | how
-            g.add_argument(flag, help=meaning + shown, **how)
+        def add(flag, meaning, default=None, kind=None, **how):
+            if "action" not in how:
+                kind = kind or (str if default is None else type(default))
+                how |= {"type": kind, "default": default}
+                how |= {} if "choices" in how else {"metavar": METAVARS[kind]}
+                meaning += "" if "[" in meaning else f" [{default}]"
+            g.add_argument(flag, help=meaning, **how)
         g = p.add_argument_group(title)
         return add
 
     add = group("model")
-    add("--model", "a DeiT, or any torchvision classifier (to train a teacher)",
-        "deit_small_distilled_patch16_224", metavar="NAME")
-    add("--img-size", "side in pixels [the model's: 224 or 384]", type=int, metavar="S")
-    add("--patch-size", "side in pixels [16]", type=int, metavar="P")
-    add("--embed-dim", "width [the model's]", type=int, metavar="D")
-    add("--depth", "number of blocks [12]", type=int, metavar="N")
-    add("--num-heads", "attention heads [the model's]", type=int, metavar="h")
-    add("--drop-path", "stochastic depth of the last block, rising from 0 at the first [0.1]",
-        type=float, metavar="X")
-    add("--finetune", "initial weights: a file, URL or published name [random]", metavar="SOURCE")
+    add("--model", "a DeiT, a torchvision classifier (to train a teacher) or module:function",
+        "deit_small_distilled_patch16_224")
+    add("--img-size", "side in pixels [the model's: 224 or 384]", kind=int)
+    add("--patch-size", "side in pixels [16]", kind=int)
+    add("--embed-dim", "width [the model's]", kind=int)
+    add("--depth", "number of blocks [12]", kind=int)
+    add("--num-heads", "attention heads [the model's]", kind=int)
+    add("--drop-path", "of the last block, rising from 0 at the first [0.1]", kind=float)
+    add("--finetune", "initial weights: a file, URL or published name [random]")
     add("--pretrained", "short for --finetune with the model's own name", action="store_true")
 
     add = group("distillation")
     add("--distillation", "what is learned from the teacher: its prediction (hard), its "
         "probabilities (soft), nothing [hard for a distilled model, none for others]",
         choices=["hard", "soft", "none"])
-    add("--teacher", "a torchvision classifier or a DeiT", "regnet_y_16gf", metavar="NAME")
+    add("--teacher", "a torchvision classifier, a DeiT or module:function", "regnet_y_16gf")
     add("--teacher-weights", "torchvision's name, a file or URL, or none for random ones",
-        "IMAGENET1K_V2", metavar="W")
+        "IMAGENET1K_V2")
     add("--teacher-answers", "keep the teacher's predictions here and ask only for what is "
-        "missing: the next student needs no teacher [off]", metavar="FILE")
-    add("--alpha", "weight of the distillation loss [0.5 hard, 0.1 soft]", type=float, metavar="X")
-    add("--tau", "temperature of soft distillation", 3.0, float, metavar="X")
+        "missing: the next student needs no teacher [off]")
+    add("--alpha", "weight of the distillation loss [0.5 hard, 0.1 soft]", kind=float)
+    add("--tau", "temperature of soft distillation", 3.0)
 
     add = group("optimisation")
-    add("--epochs", "each of as many views as there are training images", 300, int, metavar="N")
-    add("--batch-size", "views per optimizer step, over all processes", 1024, int, metavar="N")
+    add("--epochs", "each of as many views as there are training images", 300)
+    add("--batch-size", "views per optimizer step, over all processes", 1024)
     add("--micro-batch", "views in one forward pass, which are mixed together [128, or batch / "
-        "processes if that is less]", type=int, metavar="N")
-    add("--lr", "peak learning rate, per 512 views", 5e-4, float, metavar="X")
-    add("--min-lr", "floor of the cosine [1e-5, or a tenth of a peak below that]", type=float,
-        metavar="X")
-    add("--warmup-epochs", "of linear warm-up from 1e-6 [5, or a fifth of a short run]", type=float,
-        metavar="N")
-    add("--weight-decay", "of AdamW", 0.05, float, metavar="X")
-    add("--smoothing", "of the true labels", 0.1, float, metavar="X")
-    add("--clip-grad", "largest gradient norm, 0: off", 0.0, float, metavar="X")
-    add("--ema-decay", "of averaged weights, kept in last.pt, 0: off", 0.99996, float, metavar="X")
+        "processes if that is less]", kind=int)
+    add("--lr", "peak learning rate, per 512 views", 5e-4)
+    add("--min-lr", "floor of the cosine [1e-5, or a tenth of a peak below that]", kind=float)
+    add("--warmup-epochs", "of linear warm-up from 1e-6 [5, or a fifth of a short run]", kind=float)
+    add("--weight-decay", "of AdamW", 0.05)
+    add("--smoothing", "of the true labels", 0.1)
+    add("--clip-grad", "largest gradient norm, 0: off", 0.0)
+    add("--ema-decay", "of averaged weights, kept in last.pt, 0: off", 0.99996)
 
     add = group("augmentation")
-    add("--repeats", "views of an image in an epoch's batches", 3, int, metavar="N")
-    add("--randaugment", "magnitude 0..10, 0: off", 9.0, float, metavar="M")
-    add("--mixup", "alpha, 0: off", 0.8, float, metavar="A")
-    add("--cutmix", "alpha, 0: off", 1.0, float, metavar="A")
-    add("--erasing", "probability", 0.25, float, metavar="P")
+    add("--repeats", "views of an image in an epoch's batches", 3)
+    add("--randaugment", "magnitude 0..10, 0: off", 9.0)
+    add("--mixup", "alpha, 0: off", 0.8)
+    add("--cutmix", "alpha, 0: off", 1.0)
+    add("--erasing", "probability", 0.25)
 
     add = group("running")
-    add("--output", "folder for last.pt, best.pt, log.jsonl [runs/MODEL]", metavar="DIR")
+    add("--output", "folder for last.pt, best.pt, log.jsonl [runs/MODEL]")
     add("--resume", "go on from OUTPUT/last.pt if there is one, else start", action="store_true")
-    add("--save-minutes", "between saves inside an epoch", 15.0, float, metavar="N")
-    add("--eval", "only evaluate a file, URL or published name [off]", metavar="SOURCE")
+    add("--save-minutes", "between saves inside an epoch", 15.0)
+    add("--eval", "only evaluate a file, URL or published name [off]")
     add("--benchmark", "only time the stages of a run with these flags", action="store_true")
     add("--tensorboard", "write the epochs' records for it into OUTPUT too", action="store_true")
     add("--amp", "mixed precision; auto is bf16 where the hardware has it", "auto",
         choices=["auto", "bf16", "fp16", "off"])
     add("--compile", "torch.compile the model and the teacher", action="store_true")
     add("--workers", "loader processes per training process; as many again wait for validation "
-        "[its share of cores, at most 16]", type=int, metavar="N")
-    add("--seed", "of everything drawn", 0, int, metavar="N")
-    add("--device", "cuda, mps or cpu [the best there is]", metavar="D")
-    add("--log-every", "steps between live lines", 50, int, metavar="N")
+        "[its share of cores, at most 16]", kind=int)
+    add("--seed", "of everything drawn", 0)
+    add("--device", "cuda, mps or cpu [the best there is]")
+    add("--log-every", "steps between live lines", 50)
     p.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)   # of old launchers
     args = p.parse_args(argv)
-    check(args)
+    check(args, vars(p.parse_args([])))
     return args
 
 
-def check(args):
-    """Raises InputError for impossible numbers."""
+def check(args, defaults):
+    """Raises InputError for impossible numbers, and for flags that do not go together."""
     rules = (
         ("epochs batch_size micro_batch repeats log_every tau lr img_size patch_size embed_dim "
          "depth num_heads", lambda x: 0 < x < math.inf, "it must be above 0"),
@@ -1657,9 +1641,17 @@ def check(args):
             value = getattr(args, name)
             if value is not None and not holds(value):
                 raise InputError(f"--{name.replace('_', '-')} is {value}: {what}.")
+    if args.model in DISTILLED and args.distillation == "none":
+        raise InputError(f"{args.model} learns from a teacher: without one (--distillation none) "
+                         f"take --model {args.model.replace('distilled_', '')}.")
     if args.teacher_answers and args.distillation == "soft":
         raise InputError("--teacher-answers holds predicted classes, no probabilities: leave it "
                          "out with --distillation soft.")
+    flags = ("teacher", "teacher_weights", "teacher_answers", "alpha", "tau")
+    given = [f for f in flags if getattr(args, f) != defaults[f]]
+    if given and not args.distillation and args.model not in DISTILLED:
+        raise InputError(f"--{given[0].replace('_', '-')} is given, but {args.model} learns from a "
+                         "teacher only with --distillation hard or soft: add it, or drop both.")
     if args.pretrained and args.finetune:
         raise InputError(f"--pretrained means --finetune {args.model}: leave out one of the two.")
 
@@ -1730,18 +1722,12 @@ DEMO_STUDENT = (f"{DEMO_PLAIN} --patch-size 8 --embed-dim 128 --depth 4 --num-he
 def demo(seed):
     """Draws images, trains a teacher, a small DeiT without it and one with it, prints a table."""
     start = time.perf_counter()
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    data, output = os.path.join(cache, "deit", "demo-1"), os.path.join("runs", f"demo-{seed}")
+    data, output = os.path.join("runs", "demo-data"), os.path.join("runs", f"demo-{seed}")
     if not os.path.isdir(data):
         print(f"drawing 3,600 small pictures into {data}", flush=True)
-        drawn = f"{data}.{os.getpid()}"
-        draw_demo(drawn)
-        try:
-            os.replace(drawn, data)   # whole or not there
-        except OSError:
-            if not os.path.isdir(data):   # else another demo was quicker
-                raise
-            shutil.rmtree(drawn)
+        draw_demo(f"{data}.{os.getpid()}")
+        with contextlib.suppress(OSError):   # another demo was quicker
+            os.rename(f"{data}.{os.getpid()}", data)
     weights = os.path.join(output, "teacher", "best.pt")
     runs = {"teacher": DEMO_TEACHER,
             "alone": f"--model deit_tiny_patch16_224 {DEMO_STUDENT}",
