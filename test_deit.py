@@ -2563,6 +2563,17 @@ def test_a_url_without_a_hash_is_fetched_anew_at_each_start():
             torch.hub.set_dir(hub)
 
 
+def test_a_checkpoints_tensors_stay_on_the_disk_until_they_are_used():
+    """So that workers, which are forked in between, do not hold a copy of them."""
+    with working_folder() as folder:
+        torch.save({"w": torch.arange(1000.0)}, "w.pt")
+        read = deit.read_checkpoint("w.pt")["model"]["w"]
+        if sys.platform == "linux":
+            with open("/proc/self/maps") as f:
+                assert os.path.join(os.path.realpath(folder), "w.pt") in f.read()
+        assert read.sum() == 499500
+
+
 def test_two_runs_cannot_share_an_output_and_a_killed_one_holds_no_lock():
     with working_folder():
         argv = ["--data", shared_images(), *BASE_FLAGS, "--epochs", "999", "--workers", "1",

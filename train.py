@@ -1546,7 +1546,7 @@ def parse(argv):
                                 usage="%(prog)s [--data DIR] [flags]", allow_abbrev=False)
     p.add_argument("--data", metavar="DIR", help="folder of train/<class>/* and val/<class>/*")
     p.add_argument("--val-fraction", metavar="X", type=float, default=0.0, help="DIR holds class "
-                   "folders only: validate on this part of their images, chosen by file name [0]")
+                   "folders only: validate on this part of their images, chosen by path [0]")
 
     def group(title):
         def add(flag, meaning, default=None, kind=None, **how):
@@ -1576,7 +1576,7 @@ def parse(argv):
         "probabilities (soft), nothing [hard for a distilled model, none for others]",
         choices=["hard", "soft", "none"])
     add("--teacher", "a torchvision classifier, a DeiT or module:function", "regnet_y_16gf")
-    add("--teacher-weights", "torchvision's name, a file or URL, or none for random ones",
+    add("--teacher-weights", "torchvision's name, file or URL; none: random; a function has its own",
         "IMAGENET1K_V2")
     add("--teacher-answers", "keep the teacher's predictions here and ask only for what is "
         "missing: the next student needs no teacher [off]")
