@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: MIT
 """DeiT, the data-efficient image transformer (Touvron et al., arXiv 2012.12877), in one file.
 
-A Vision Transformer that learns ImageNet from ImageNet alone, from two sources: the true labels and
-the predictions of a frozen convolutional network, the teacher. The distillation token is a second
-class token: a learned vector that enters with the patches and attends like any other token. Each of
-the two tokens has a linear head of its own. The class head learns the true label, the distillation
-head learns the teacher's prediction. The teacher appears in the loss, never in the network.
+A Vision Transformer that learns ImageNet from the true labels and from the predictions of a frozen
+convolutional network, the teacher. The distillation token is a second class token: a learned vector
+that enters with the patches and attends like any other token. Each of the two tokens has a linear
+head: the class head learns the true label, the distillation head the teacher's prediction. The
+teacher appears in the loss, never in the network.
 
 Letters:  B images    S image side     P patch side       G = S/P patches per side
           D width     N = T + G*G      T special tokens: 2 (class, distillation) or 1 (class)
-          K classes   h heads          d = D/h width of one head
-          n <= N      the first n tokens, where no others are needed
+          K classes   h heads          d = D/h width of one head       n the first n of N tokens
 
 From image to logits, in DeiT-Ti (S 224, P 16, D 192, h 3, K 1000):
   images                            (B, 3, S, S)   (B, 3, 224, 224)
@@ -25,16 +24,17 @@ From image to logits, in DeiT-Ti (S 224, P 16, D 192, h 3, K 1000):
   images = deit.to_tensor(deit.center_view(PIL.Image.open("photo.jpg"), 224))   # (1, 3, 224, 224)
   logits = model(images)                                                        # (1, 1000)
 
-Importing needs torch alone: copy this file into your project. `python deit.py` lists the published
-models, `python deit.py photo.jpg --weights W` classifies a photo.
+Importing needs torch alone: copy this file into your project. `python deit.py` lists the models,
+`python deit.py photo.jpg --weights W` classifies a photo.
 """
+import argparse
 import collections
+import contextlib
 import copy
 import hashlib
-import http.client
-import importlib
 import math
 import os
+import pkgutil
 import re
 import sys
 import time
@@ -46,8 +46,8 @@ from torch import nn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)   # of RGB in 0..1, for the student and for the teacher
 IMAGENET_STD = (0.229, 0.224, 0.225)
-STARTED = time.time()
 CROP_RATIO = 0.875   # evaluation: the short side becomes S / 0.875, then the central S x S is cut
+STARTED = time.time()
 
 
 class InputError(ValueError):
@@ -82,8 +82,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def split_heads(self, x, n=None):
-        """x (B, N, D) -> queries (B, h, n, d) of the first n tokens (None: all N), keys and values
-        (B, h, N, d) of all N."""
+        """x (B, N, D) -> queries (B, h, n, d) of the first n tokens, keys, values (B, h, N, d)."""
         h, d = self.num_heads, x.shape[2] // self.num_heads
         qkv = self.qkv(x).unflatten(2, (3, h, d))                 # (B, N, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                      # (B, h, N, d) each
@@ -94,9 +93,9 @@ class Attention(nn.Module):
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(dim=-1)
 
     def forward(self, x, n=None):
-        """x (B, N, D) -> (B, n, D): queries from the first n tokens, keys and values from all N."""
+        """x (B, N, D) -> (B, n, D): the first n tokens (None: all) look at all N."""
         q, k, v = self.split_heads(x, n)
-        # on a CPU in bfloat16 the kernel's backward pass is several times slower than the formula's
+        # on a CPU in bfloat16 the kernel's backward pass is several times slower
         slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
         if self.fused and not slow:
             x = F.scaled_dot_product_attention(q, k, v)           # (B, h, n, d)
@@ -129,14 +128,13 @@ class Block(nn.Module):
         self.drop_path = drop_path
 
     def add(self, x, branch):
-        """x + branch (B, n, D). Drop path in training (stochastic depth, arXiv 1603.09382): each
-        sample's branch becomes 0 with probability p, else branch / (1 - p), which keeps the mean
-        (1 / (1 - p) stays a Python number, which bfloat16 would round)."""
+        """x + branch (B, n, D). Drop path (arXiv 1603.09382): in training a sample's branch is 0
+        with probability p, else branch / (1 - p), which keeps the mean."""
         if not self.training or self.drop_path == 0:
             return x + branch
         keep = 1 - self.drop_path
         mask = branch.new_empty(len(x), 1, 1).bernoulli_(keep)    # (B, 1, 1), 0 or 1
-        return torch.addcmul(x, branch, mask, value=1 / keep)     # x + branch * mask / keep
+        return torch.addcmul(x, branch, mask, value=1 / keep)     # 1 / keep: no bfloat16
 
     def forward(self, x, n=None):
         """x (B, N, D) -> (B, n, D): only the first n tokens go on (None: all N)."""
@@ -153,7 +151,7 @@ def init_linear(module):
 
 
 class DeiT(nn.Module):
-    """The transformer. distilled=True: two special tokens and two heads, else one of each. Raises
+    """The network, with two special tokens and two heads if distilled, else one of each. Raises
     InputError for impossible numbers."""
 
     def __init__(self, *, img_size=224, patch_size=16, num_classes=1000, embed_dim=192, depth=12,
@@ -164,10 +162,9 @@ class DeiT(nn.Module):
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}: it must be an integer above 0.")
-        for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
-            if sizes[whole] % sizes[part]:
-                raise InputError(f"{whole} {sizes[whole]} is not a multiple of {part} "
-                                 f"{sizes[part]}.")
+        for a, b in (("img_size", "patch_size"), ("embed_dim", "num_heads")):
+            if sizes[a] % sizes[b]:
+                raise InputError(f"{a} {sizes[a]} is not a multiple of {b} {sizes[b]}.")
         if not 0 <= drop_path < 1:
             raise InputError(f"drop_path is {drop_path}: it must lie in 0..1, below 1.")
         self.config = sizes | dict(distilled=distilled, drop_path=drop_path)
@@ -190,19 +187,17 @@ class DeiT(nn.Module):
 
     def embed(self, images):
         """images (B, 3, S, S) -> (B, N, D): special tokens, then patches, + position embedding."""
-        B, C, H, W = images.shape
-        S = self.config["img_size"]
-        if (C, H, W) != (3, S, S):
-            raise InputError(f"images are {C} x {H} x {W}, this model takes 3 x {S} x {S}: resize "
-                             f"them, or create it with img_size={H}.")
+        B, S = len(images), self.config["img_size"]
+        if images.shape != (B, 3, S, S):
+            raise InputError(f"images are {tuple(images.shape)}: img_size is {S} in this model.")
         tokens = [self.cls_token, self.dist_token][:self.num_tokens]
         x = [token.expand(B, -1, -1) for token in tokens]         # T x (B, 1, D)
         x = torch.cat([*x, self.patch_embed(images)], dim=1)      # (B, N, D)
         return x + self.pos_embed
 
     def features(self, images, n=None):
-        """images (B, 3, S, S) -> the first n tokens (None: all N) after the last norm, (B, n, D).
-        Of the others the last block computes keys and values only, which saves 7 % of a step."""
+        """images (B, 3, S, S) -> the first n tokens (None: all N) after the last norm (B, n, D).
+        The last block computes only keys and values of the others: a step takes 7 % less."""
         x = self.embed(images)                                    # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x)                                          # (B, N, D)
@@ -210,17 +205,16 @@ class DeiT(nn.Module):
         return self.norm(x)
 
     def heads(self, images):
-        """images (B, 3, S, S) -> class logits and distillation logits, (B, K) each, in either mode.
-        Without distillation token: the class logits twice."""
+        """images (B, 3, S, S) -> class logits and distillation logits, (B, K) each. Without
+        distillation token: the class logits twice."""
         x = self.features(images, self.num_tokens)                # (B, T, D)
         cls_logits = self.head(x[:, 0])                           # (B, K)
         dist_logits = self.head_dist(x[:, 1]) if self.num_tokens == 2 else cls_logits
         return cls_logits, dist_logits
 
     def forward(self, images):
-        """images (B, 3, S, S) -> logits (B, K). A distilled model returns in training the pair
-        (class logits, distillation logits), in evaluation their mean (the released code's choice;
-        section 4 of the paper adds the softmaxes)."""
+        """images (B, 3, S, S) -> logits (B, K). A distilled model returns both heads' in training,
+        their mean in evaluation (the released code; section 4 of the paper adds softmaxes)."""
         cls_logits, dist_logits = self.heads(images)
         if self.num_tokens == 1:
             return cls_logits
@@ -229,8 +223,8 @@ class DeiT(nn.Module):
     @torch.no_grad()
     def attention(self, images):
         """images (B, 3, S, S) -> attention weights of all blocks (depth, B, h, N, N); rows sum to
-        1. Row 0: what the class token looks at; row 1: the distillation token; columns from T on:
-        the patches, row by row. Call eval() before, drop path is active in training."""
+        1. Row 0: the class token, row 1: the distillation token; columns from T on: the patches,
+        row by row. Call eval() before: training drops paths."""
         x, weights = self.embed(images), []
         for block in self.blocks:
             q, k, _ = block.attn.split_heads(block.norm1(x))
@@ -249,8 +243,7 @@ class DeiT(nn.Module):
 def check_logits(*logits):
     """The logits, in float32 at least. Raises InputError unless their shapes are equal."""
     if len({x.shape for x in logits}) > 1:
-        raise InputError(f"logits of shapes {' and '.join(str(tuple(x.shape)) for x in logits)} do "
-                         "not match: student and teacher need the same images and classes.")
+        raise InputError(f"shapes of logits do not match: {[tuple(x.shape) for x in logits]}.")
     return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
 
 
@@ -258,15 +251,13 @@ def hard_distillation_loss(dist_logits, teacher):
     """Cross-entropy against the teacher's prediction: a scalar. dist_logits (B, K); teacher: its
     logits (B, K), or its predicted classes (B,)."""
     if teacher.ndim == 2:
-        dist_logits, teacher = check_logits(dist_logits, teacher)
-        teacher = teacher.argmax(dim=1)                           # (B,)
+        teacher = check_logits(dist_logits, teacher)[1].argmax(dim=1)          # (B,)
     return F.cross_entropy(*check_logits(dist_logits), teacher)
 
 
 def soft_distillation_loss(dist_logits, teacher_logits, tau):
-    """tau^2 KL(teacher || student) at temperature tau: (B, K), (B, K) -> scalar. Sum over classes,
-    mean over the batch; the released code divides by K as well, so it is K times smaller there.
-    The factor tau^2 keeps the size of the gradient when tau changes."""
+    """tau^2 KL(teacher || student) at temperature tau: (B, K), (B, K) -> scalar. Sums over classes,
+    averages over the batch; the released code divides by K too. tau^2 keeps gradients' size."""
     dist_logits, teacher_logits = check_logits(dist_logits, teacher_logits)
     student, teacher = (F.log_softmax(x / tau, dim=1) for x in (dist_logits, teacher_logits))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * tau**2
@@ -277,10 +268,9 @@ def distillation_loss(cls_logits, dist_logits, targets, teacher_logits, mode="ha
     """(1 - alpha) cross-entropy of the class head + alpha distillation of the other: a scalar.
 
     Logits (B, K); targets: class indices (B,) or probabilities (B, K). mode: "hard" (teacher_logits
-    may be its predicted classes (B,)), "soft", or "none" (cross-entropy alone). alpha None: 0.5 for
-    hard, 0.1 for soft (paper, section 6). A student without distillation token passes its class
-    logits twice. Raises InputError: another mode, logits of unequal shape.
-    """
+    may be predicted classes (B,)), "soft", or "none" (cross-entropy alone). alpha None: 0.5 for
+    hard, 0.1 for soft (section 6). A student without distillation token passes its class logits
+    twice. Raises InputError for another mode or unequal shapes."""
     if mode not in ("hard", "soft", "none"):
         raise InputError(f"distillation mode '{mode}' is none of hard, soft, none.")
     cls_logits, dist_logits = check_logits(cls_logits, dist_logits)
@@ -290,10 +280,10 @@ def distillation_loss(cls_logits, dist_logits, targets, teacher_logits, mode="ha
     if mode == "none":
         return base
     if mode == "hard":
-        distillation = hard_distillation_loss(dist_logits, teacher_logits)
+        default, distillation = 0.5, hard_distillation_loss(dist_logits, teacher_logits)
     else:
-        distillation = soft_distillation_loss(dist_logits, teacher_logits, tau)
-    alpha = {"hard": 0.5, "soft": 0.1}[mode] if alpha is None else alpha
+        default, distillation = 0.1, soft_distillation_loss(dist_logits, teacher_logits, tau)
+    alpha = default if alpha is None else alpha
     return (1 - alpha) * base + alpha * distillation
 
 
@@ -302,25 +292,23 @@ def distillation_loss(cls_logits, dist_logits, targets, teacher_logits, mode="ha
 # ------------------------------------------------------------------------------------------------
 
 class Teacher(nn.Module):
-    """A frozen classifier: images (B, 3, S, S) -> logits (B, K), without gradient and always in
-    evaluation mode: in training mode its batch norms would drift.
+    """A frozen classifier: images (B, 3, S, S) -> logits (B, K), always in evaluation mode.
 
-    Under autocast it runs a copy whose weights have autocast's type, or they would be cast at every
-    call. The copy is no part of state_dict() or deepcopy, and is dropped when weights change. A
-    module of the user's own (Imported) runs as it is.
-    """
+    Under autocast it runs a copy cast to autocast's type, or each call would cast the weights. The
+    copy is in no state_dict() or deepcopy, and is dropped when weights change. A Classifier (the
+    user's own module) runs as it is."""
 
     def __init__(self, model, classes=None, sha256=None):
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
+        self.model = model.requires_grad_(False)
         self.classes = classes   # names, or None if unknown
         self.sha256 = sha256     # of its weights, or None
-        self.training = False
         self.cast = {}           # {dtype: copy}
+        self.train()
         model.register_load_state_dict_post_hook(self.drop_cast)
 
-    def train(self, mode=True):
-        return self
+    def train(self, mode=True):  # or its batch norms would drift
+        return super().train(False)
 
     def drop_cast(self, *args):
         self.cast.clear()
@@ -335,7 +323,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images):
         model, device = self.model, images.device.type
-        if isinstance(model, Imported):
+        if isinstance(model, Classifier):
             return model(images)
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -347,54 +335,50 @@ class Teacher(nn.Module):
             model, images = self.cast[dtype], images.to(dtype)    # a convolution comes first
         return model(images.contiguous(memory_format=torch.channels_last))
 
+    def heads(self, images):     # as a DeiT's
+        return (self(images),) * 2
 
-def fuse(model):
-    """The same classifier with each batch norm merged into the convolution before it: both are
-    linear in evaluation mode. Returns the model itself where it cannot be traced or its logits
-    would change."""
+
+@torch.no_grad()
+def fuse(model, size):
+    """Merges each batch norm into the convolution before it: both are linear in evaluation mode.
+    Returns the model itself if it cannot be traced or its logits would change."""
     from torch.fx.experimental import optimization
-    side = getattr(model, "image_size", 224)   # a torchvision transformer takes no other
-    probe = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    try:
+    probe = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with contextlib.suppress(Exception):   # tracing fails in many ways
         fused = optimization.fuse(model.eval())
-        with torch.no_grad():
-            same = torch.allclose(fused(probe), model(probe), rtol=1e-4, atol=1e-4)
-    except Exception:   # tracing fails in many ways
-        return model
-    return fused if same else model
+        if torch.allclose(fused(probe), model(probe), rtol=1e-4, atol=1e-4):
+            return fused
+    return model
 
 
 def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000, *,
                  img_size=None):
-    """A frozen Teacher by name: a torchvision classifier, one of the eight DeiTs, or
-    "module:function" (see create_classifier).
+    """A frozen Teacher by name: torchvision's, a DeiT's, or "module:function".
 
-    weights: one of torchvision's names for that model (downloaded once, hash checked), a file or
-    URL (state dict or checkpoint of train.py, timm's RegNets and the paper's teacher too), or None
-    for random ones; if not given, a function's own. img_size: the side of the images that it will
-    see, which a DeiT must know. Raises InputError: unknown name or weights, torchvision missing,
-    another architecture, a class count other than num_classes.
-    """
+    weights: torchvision's name for them, a file or URL (timm's RegNets too: the paper's teacher),
+    or None: random ones. If not given, a function's own. img_size: side S of the images, which a
+    DeiT must know. Raises InputError: unknown names, another architecture or class count."""
     size = {} if img_size is None else {"img_size": img_size}
     if weights is None or ":" in name and weights == "IMAGENET1K_V2":
         model = create_classifier(name, num_classes, **size)
     else:
         source = weights if is_file_or_url(weights) else released_url(name, weights)
         if source != weights and num_classes != 1000:
-            raise InputError(f"the teacher {name} {weights} knows ImageNet's 1000 classes, the "
-                             f"data have {num_classes}: train a teacher on them (--model {name}), "
-                             "then give its best.pt as weights.")
+            raise InputError(f"{name} {weights} knows ImageNet's 1000 classes, the data have "
+                             f"{num_classes}: train a teacher on them, then give its best.pt.")
         model = load_model(source, model=name, num_classes=num_classes, new_heads=False, **size)
-    sha256 = hashlib.sha256()
+    sha256, classes = hashlib.sha256(), model.classes
     for key, value in model.state_dict().items():
         sha256.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    plain = isinstance(model, (DeiT, Imported))
-    return Teacher(model if plain else fuse(model), model.classes, sha256.hexdigest())
+    if name not in VARIANTS and ":" not in name:
+        model = fuse(model.module, model.config["img_size"])
+    return Teacher(model, classes, sha256.hexdigest())
 
 
 # ------------------------------------------------------------------------------------------------
-# The published models: depth 12 and d = 64 in all of them. Top-1 as their authors evaluated the
-# released files on ImageNet's validation images; the hash is the start of the file's SHA-256.
+# The models. Eight are published, of depth 12 and d = 64. Top-1: measured by their authors on
+# ImageNet's validation images; hash: the start of the released file's SHA-256.
 # ------------------------------------------------------------------------------------------------
 
 VARIANTS = {   # name                   D, heads,  S,  distilled, parameters, top-1, hash
@@ -411,10 +395,8 @@ RELEASES = "https://dl.fbaipublicfiles.com/deit/"
 
 
 def create_model(name, *, pretrained=False, **overrides):
-    """One of the eight published models, in training mode, with random weights or the released ones
-    (downloaded once, hash checked). Overrides: num_classes, img_size, patch_size, embed_dim, depth,
-    num_heads, distilled, drop_path (0 here; the recipe's 0.1 is set by train.py). Raises InputError
-    for an unknown name or impossible numbers."""
+    """A published model in training mode, with random weights or the released ones. Overrides: see
+    DeiT (drop_path is 0 here; train.py sets the recipe's 0.1). Raises InputError."""
     if name not in VARIANTS:
         raise InputError(f"'{name}' is no DeiT; the known ones are {', '.join(VARIANTS)}.")
     embed_dim, num_heads, img_size, distilled = VARIANTS[name][:4]
@@ -427,26 +409,28 @@ def create_model(name, *, pretrained=False, **overrides):
 
 
 def torchvision_models():
-    """The one place where torchvision is imported."""
+    """Imports torchvision, here only. Raises InputError if it cannot."""
     try:
         import torchvision.models
     except ImportError as e:
-        raise InputError(f"torchvision is needed here but cannot be imported ({e}): pip install "
-                         "torchvision, or go without a teacher (--distillation none).") from e
+        raise InputError(f"torchvision cannot be imported ({e}): pip install torchvision.") from e
     return torchvision.models
 
 
-class Imported(nn.Module):
-    """A module of the user's own as a classifier: images (B, 3, S, S) -> logits (B, K). Nothing is
-    written onto it: config and class names stay here, and its parameters keep their names."""
+class Classifier(nn.Module):
+    """Gives a module, images (B, 3, S, S) -> logits (B, K), what a DeiT has: config, classes and
+    heads(). Writes nothing onto the module and keeps its parameters' names."""
 
-    def __init__(self, module, config):
+    def __init__(self, module, **config):
         super().__init__()
         self.module, self.config, self.classes = module, config, None
 
     def forward(self, images):
         output = self.module(images)
         return getattr(output, "logits", output)                  # transformers' models have it
+
+    def heads(self, images):     # as a DeiT's
+        return (self(images),) * 2
 
     def state_dict(self, *args, **kwargs):
         return self.module.state_dict(*args, **kwargs)
@@ -455,54 +439,38 @@ class Imported(nn.Module):
         return self.module.load_state_dict(*args, **kwargs)
 
 
-def import_classifier(name, num_classes, img_size):
-    """What "module:function" returns when it is called with the number of classes."""
-    module, function = name.split(":", 1)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"{name} cannot be imported ({e}): it must name a module on the import "
-                         "path and a function in it.") from e
-    model = build(num_classes)
-    if not isinstance(model, nn.Module):
-        raise InputError(f"{name} returned a {type(model).__name__}: it must return an nn.Module.")
-    return Imported(model, dict(name=name, num_classes=num_classes, img_size=img_size or 224))
-
-
 def create_classifier(name=None, num_classes=1000, **overrides):
-    """A DeiT by name (None: by overrides alone), a torchvision classifier by name, or what the
-    user's "module:function" returns for num_classes; in training mode, the first two with random
-    weights. `.config` holds the architecture. Raises InputError."""
+    """A DeiT by name (None: by overrides alone), else a Classifier: torchvision's by name, or what
+    the user's "module:function" returns for num_classes. In training mode. Raises InputError."""
     if name is None:
         return DeiT(num_classes=num_classes, **overrides)
     if name in VARIANTS:
         return create_model(name, num_classes=num_classes, **overrides)
-    img_size = overrides.pop("img_size", None)   # a convnet takes any, its users ask for one
-    models = torchvision_models()
-    if ":" not in name and name not in models.list_models(module=models):
-        raise InputError(f"'{name}' is neither one of torchvision's classifiers (regnet_y_16gf, "
-                         f"resnet50, ...) nor a DeiT ({', '.join(VARIANTS)}) nor module:function.")
+    size = overrides.pop("img_size", None)   # a convnet takes any, its users ask for one
+    if ":" in name:
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+        try:
+            function = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError, ValueError) as e:
+            raise InputError(f"{name} cannot be imported ({e}): give module:function.") from e
+        model = function(num_classes)
+        if not isinstance(model, nn.Module):
+            raise InputError(f"{name} returned a {type(model).__name__}, not an nn.Module.")
+    else:
+        models = torchvision_models()
+        if name not in models.list_models(module=models):
+            raise InputError(f"'{name}' is neither one of torchvision's classifiers (resnet50, "
+                             f"...) nor a DeiT ({', '.join(VARIANTS)}) nor module:function.")
+        model = models.get_model(name, weights=None, num_classes=num_classes)
+        if getattr(model, "aux_logits", False):
+            raise InputError(f"'{name}' has auxiliary heads: take a classifier with one output.")
+        model.to(memory_format=torch.channels_last)
+        published = models.get_model_weights(name).DEFAULT.transforms
+        size = size or published.keywords["crop_size"]
     if overrides:
         raise InputError(f"{next(iter(overrides))} is for DeiT, it cannot be set for '{name}'.")
-    if ":" in name:
-        return import_classifier(name, num_classes, img_size)
-    model = models.get_model(name, weights=None, num_classes=num_classes)
-    if getattr(model, "aux_logits", False):
-        raise InputError(f"'{name}' has auxiliary heads: take a classifier with one output.")
-    published = models.get_model_weights(name).DEFAULT.transforms.keywords["crop_size"]
-    model.config = dict(name=name, num_classes=num_classes, img_size=img_size or published)
-    model.classes = None
-    return model.to(memory_format=torch.channels_last)
-
-
-def both_heads(model, images):
-    """Class logits and distillation logits of a DeiT; of any other classifier its logits twice."""
-    if isinstance(model, DeiT):
-        return model.heads(images)
-    logits = model(images)
-    return logits, logits
+    return Classifier(model, name=name, num_classes=num_classes, img_size=size or 224)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -514,24 +482,23 @@ def is_file_or_url(source):
 
 
 def released_url(name, weights="DEFAULT"):
-    """URL of the ImageNet weights released for a DeiT, or for a torchvision classifier under
-    torchvision's name for them (DEFAULT: the best). Raises InputError."""
-    if name in VARIANTS:
+    """URL of a DeiT's released weights, or of a torchvision classifier's under torchvision's name
+    for them (DEFAULT: the best). Raises InputError."""
+    if name in VARIANTS and weights in ("DEFAULT", "IMAGENET1K_V2"):   # load_teacher's default
         return f"{RELEASES}{name}-{VARIANTS[name][-1]}.pth"
-    models, entries = torchvision_models(), {}
-    if name in models.list_models(module=models):
-        entries = models.get_model_weights(name).__members__
+    models = torchvision_models()
+    known = name in models.list_models(module=models)
+    entries = models.get_model_weights(name).__members__ if known else {}
     if weights not in entries:
-        known = ", ".join(entries) or f"{', '.join(VARIANTS)}, or one of torchvision's classifiers"
         raise InputError(f"'{name if weights == 'DEFAULT' else weights}' is neither a file nor a "
-                         f"URL nor a published name ({known}).")
+                         f"URL nor a published name ({', '.join(entries or VARIANTS)}).")
     return entries[weights].url
 
 
 def download(url):
-    """Path of the URL's file in torch.hub's cache. A file whose name ends in the start of its
-    SHA-256 (-1234abcd.pth) is downloaded once and checked; any other is downloaded anew at each
-    start of a program, or, if that fails, the copy in the cache used. Raises InputError."""
+    """Path of the URL's file in torch.hub's cache. Downloads it once and checks it if its name ends
+    in the start of its SHA-256 (-1234abcd.pth), else at each start of a program, where the cached
+    copy is used if that fails. Raises InputError."""
     name = os.path.basename(url)
     sha256 = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
     if not sha256:   # best.pt of many places
@@ -543,59 +510,53 @@ def download(url):
     try:   # a download that fails leaves no file, and the former one as it was
         os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.hub.download_url_to_file(url, path, sha256 and sha256[1], sys.stderr.isatty())
-    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:
+    except Exception as e:   # OSError, RuntimeError (the hash), HTTPException, ...
         if not there:
-            raise InputError(f"{url} could not be downloaded ({e}): fetch it elsewhere, then give "
-                             "the file's path.") from e
+            raise InputError(f"{url} could not be downloaded ({e}).") from e
         print(f"{url} could not be downloaded ({e}): the copy of an earlier start is used.")
     return path
 
 
 def read_checkpoint(source):
-    """A checkpoint's dict, with its state dict under "model", from a path, URL or published name (a
-    DeiT's or torchvision's). Reads what train.py, the official code and timm write. Raises
-    InputError: no such file, damaged, or anything in it but plain values and tensors."""
+    """A checkpoint's dict, its state dict under "model", from a path, URL or published name. Raises
+    InputError if there is none, it is damaged, or holds more than plain values and tensors."""
     source = path = os.fspath(source)
     if not os.path.isfile(source):
         path = download(source if is_file_or_url(source) else released_url(source))
     try:
-        if zipfile.is_zipfile(path):   # torch.load checks no CRC and skips what is marked a folder
+        zipped = zipfile.is_zipfile(path)
+        if zipped:   # torch.load checks no CRC and skips what is marked a folder
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() or any(i.external_attr & 16 for i in archive.infolist()):
                     raise ValueError("a checksum does not match")
-        content = torch.load(path, map_location="cpu", weights_only=True,
-                             mmap=zipfile.is_zipfile(path))   # tensors are read when used
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as e:   # the readers of damaged files raise nearly anything
         if path != source:
             os.remove(path)   # half a download, perhaps: not to be found again
-        if str(source).endswith(".safetensors"):
-            raise InputError(f"{path} cannot be read: .safetensors needs a recent PyTorch (2.14 "
-                             "reads it, 2.7 does not) and pip install safetensors.") from e
-        raise InputError(f"{path} is no checkpoint that can be read safely: it is damaged, no file "
-                         "of torch.save, or holds more than tensors and values "
-                         f"({type(e).__name__}).") from e
+        raise InputError(f"{path} is no checkpoint that can be read safely: it is damaged or holds "
+                         f"more than tensors and values ({type(e).__name__}; .safetensors needs a "
+                         "recent PyTorch and pip install safetensors).") from e
     return as_checkpoint(content, source)
 
 
-def as_checkpoint(content, source="the state dict"):
-    """A checkpoint or a bare state dict -> {"model": state dict, "source", ...} without prefixes of
-    wrappers in the names. Raises InputError for anything else."""
-    whole = isinstance(content, dict) and isinstance(content.get("model"), dict)
-    state = content["model"] if whole else content
+def as_checkpoint(content, source=None):
+    """A checkpoint or a bare state dict -> {"model": state dict, "source": its origin, ...}, under
+    torchvision's names, without prefixes of wrappers. Raises InputError for anything else."""
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        content = {"model": content}
+    source, state = source or content.get("source", "the state dict"), content["model"]
     if not isinstance(state, dict) or not state or not all(
-            isinstance(k, str) and torch.is_tensor(v) and v.layout == torch.strided
-            and not v.is_quantized for k, v in state.items()):
-        raise InputError(f"{source} holds no state dict (names and tensors), neither as a whole "
-                         "nor under 'model'.")
+            isinstance(key, str) and torch.is_tensor(value) and value.layout == torch.strided
+            for key, value in state.items()):
+        raise InputError(f"{source} holds no state dict, neither as a whole nor under 'model'.")
+    timm = any(key.endswith("s1.b1.conv1.conv.weight") for key in state)
     clean = collections.OrderedDict()
     for key, value in state.items():
         key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
         key = re.sub(r"(denselayer\d+\.(norm|conv))\.([12])\.", r"\1\3.", key)   # files of 2017
-        clean[key] = value
-    if "s1.b1.conv1.conv.weight" in clean:
-        clean = collections.OrderedDict((regnet_name(key), v) for key, v in clean.items())
+        clean[regnet_name(key) if timm else key] = value
     clean._metadata = getattr(state, "_metadata", None)   # versions, which MNASNet asks for
-    return (content if whole else {}) | {"model": clean, "source": source}
+    return content | {"model": clean, "source": source}
 
 
 def regnet_name(key):
@@ -609,8 +570,8 @@ def regnet_name(key):
 
 
 def resize_pos_embed(pos_embed, model):
-    """pos_embed (1, T + g*g, D) of a checkpoint -> (1, N, D) of this model: the tokens' part stays,
-    the patches' grid is interpolated bicubically (paper, section 3). Same size: unchanged."""
+    """pos_embed (1, T + g*g, D) of a checkpoint -> (1, N, D) of this model: the patches' grid is
+    interpolated bicubically (paper, section 3), the rest stays. Same size: unchanged."""
     T, G = model.num_tokens, model.config["img_size"] // model.config["patch_size"]
     n = pos_embed.shape[1] if pos_embed.ndim == 3 else 0
     g = math.isqrt(max(0, n - T))
@@ -625,92 +586,77 @@ def resize_pos_embed(pos_embed, model):
 def load_weights(model, source, *, new_heads=True, classes=None, say=print):
     """Loads a path, URL, published name, checkpoint or state dict into the model, strictly.
 
-    A DeiT's position embedding is resized. A head starts anew, and `say` is told so, if the source
-    has none, has another class count, or other names than `classes` when both are known
-    (new_heads=False: refused). Raises InputError when the architectures differ.
-    """
-    if isinstance(source, dict):
-        checkpoint = as_checkpoint(source, source.get("source", "the state dict"))
-    else:
-        checkpoint = read_checkpoint(source)
-    config, model = getattr(model, "config", {}), getattr(model, "module", model)   # of Imported
+    Resizes a DeiT's position embedding. Starts a head anew, and tells `say`, if the source has no
+    or another class count, or other names than `classes` (new_heads=False: refused). Raises
+    InputError if the architectures differ."""
+    checkpoint = as_checkpoint(source) if isinstance(source, dict) else read_checkpoint(source)
+    config, model = getattr(model, "config", {}), getattr(model, "module", model)   # of Classifier
     source, state, own = checkpoint["source"], copy.copy(checkpoint["model"]), model.state_dict()
     if isinstance(model, DeiT) and "pos_embed" in state:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], model)
     others = classes is not None and checkpoint.get("classes") not in (None, classes)
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     for head in [n for n in linears if n in ("head", "head_dist")] or linears[-1:]:
-        there, here = state.get(f"{head}.weight"), own[f"{head}.weight"]
-        if there is not None and (there.ndim != 2 or len(there) == len(here) and not others):
+        here = own[f"{head}.weight"]
+        there = state.get(f"{head}.weight", here[:0])             # a backbone has 0 classes
+        if there.ndim != 2 or len(there) == len(here) and not others:
             continue
-        count = 0 if there is None else len(there)
-        differ = f"{count} classes in {head}, not {len(here)}" if count != len(here) else (
-            f"other classes in {head}")
+        count = "other" if len(there) == len(here) else len(there)
+        differ = f"{count} classes in {head}, not {'these' if count == 'other' else len(here)}"
         if not new_heads:
             raise InputError(f"{source} has {differ}.")
         say(f"{source} has {differ}: it starts anew.")
         init_linear(model.get_submodule(head))
         state.update({key: own[key] for key in own if key.rpartition(".")[0] == head})
-    shared = own.keys() & state.keys()
-    wrong = [f"{key} is missing" for key in own.keys() - shared]
-    wrong += [f"{key!r} is unexpected" for key in state.keys() - shared]
-    wrong += [f"{key} is {tuple(state[key].shape)}, not {tuple(own[key].shape)}"
-              for key in shared if own[key].shape != state[key].shape]
-    wrong += [f"{key} is of {state[key].dtype}" for key in shared
-              if own[key].is_floating_point() != state[key].is_floating_point()]
-    if wrong:
-        name = config.get("name", "this model")
-        raise InputError(f"{source} is of another architecture than {name}: "
-                         f"{', '.join(sorted(wrong)[:3])}{', ...' if len(wrong) > 3 else ''}.")
+    lacks, extra = ({f"{key} {tuple(x.shape)}{'' if x.is_floating_point() else ' of integers'}"
+                     for key, x in entries.items()} for entries in (own, state))
+    lacks, extra = sorted(lacks - extra), sorted(extra - lacks)
+    if lacks or extra:
+        raise InputError(f"{source} is of another architecture than "
+                         f"{config.get('name', 'this model')}: it lacks {lacks[:2]} and has "
+                         f"{extra[:2]} ({len(lacks)} and {len(extra)} in all).")
     model.load_state_dict(state)
 
 
 def config_from_shapes(state):
     """DeiT's arguments from the shapes of an official or timm state dict, which holds all but
     num_heads: embed_dim / 64, as in all published models."""
-    embed_dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-    distilled = "dist_token" in state
-    G = math.isqrt(state["pos_embed"].shape[1] - 1 - distilled)
-    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    num_classes = len(state["head.weight"]) if "head.weight" in state else 1000   # else a backbone
-    return dict(img_size=G * patch_size, patch_size=patch_size, num_classes=num_classes,
-                embed_dim=embed_dim, depth=depth, num_heads=max(1, embed_dim // 64),
-                distilled=distilled)
+    kernel, distilled = state["patch_embed.proj.weight"].shape, "dist_token" in state
+    D, P = kernel[0], kernel[2]                                   # kernel: (D, 3, P, P)
+    G = math.isqrt(max(0, state["pos_embed"].shape[1] - 1 - distilled))
+    return dict(img_size=G * P, patch_size=P, embed_dim=D, num_heads=max(1, D // 64),
+                depth=sum(key.endswith(".norm1.weight") for key in state), distilled=distilled,
+                num_classes=len(state.get("head.weight", range(1000))))        # else a backbone
 
 
 def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
-    """A model in evaluation mode from a checkpoint of train.py (which holds its architecture), an
-    official or timm file (architecture from its shapes), or a published name. `.classes`: the list
-    of class names, or None. model: the name that it must have; of a file that names a module, what
-    is imported. new_heads, say: see load_weights.
-    Overrides as in create_model. Raises InputError."""
+    """A model in evaluation mode from a checkpoint of train.py, an official or timm file
+    (architecture from its shapes), or a published name. `.classes`: list of class names, or None.
+    model: the name that it must have; "module:function" if the file names one. new_heads, say: see
+    load_weights; overrides: see create_model. Raises InputError."""
     checkpoint = read_checkpoint(source)
     config, classes = checkpoint.get("config"), checkpoint.get("classes")
+    if not is_file_or_url(source):
+        model = model or source
     try:
-        if config is None and (model or not is_file_or_url(source)):
-            config = {"name": model or source}
+        if config is None and model:
+            config = {"name": model}
         elif config is None:
             config = config_from_shapes(checkpoint["model"])
             if config["embed_dim"] not in (192, 384, 768) and "num_heads" not in overrides:
                 say(f"{source} does not tell num_heads: {config['num_heads']} is guessed from the "
-                    "width; if it is another, give it (num_heads= in Python, else --num-heads).")
-        elif config["name"] in VARIANTS:
-            config = {key: config[key] for key in ("name", *DeiT.__init__.__kwdefaults__)}
-        elif ":" in config["name"]:   # only a name that the user typed is ever imported
-            if model is None:
-                raise InputError(f"{source} names a model by module ({config['name']}): give "
-                                 "--model module:function (in Python: model=).")
-            if ":" in model:
-                config = config | {"name": model}
-        if model not in (None, config.get("name")):
-            raise InputError(f"{source} holds a {config['name']}, not a {model}.")
-        created = create_classifier(**config | overrides)
+                    "width; give another by --num-heads (in Python: num_heads=).")
+        name = config.get("name")
+        if name and ":" in name and not model:   # only what the user typed is ever imported
+            raise InputError(f"{source} names a model by module ({name}): give --model "
+                             "module:function (in Python: model=).")
+        if model not in (None, name) and not (":" in name and ":" in model):
+            raise InputError(f"{source} holds a {name}, not a {model}.")
+        created = create_classifier(**config | {"name": model or name} | overrides)
         count = config.get("num_classes", len(classes or ()))
         if classes and [type(c) for c in classes] != [str] * count:
-            raise ValueError("classes")
-    except InputError:
-        raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise TypeError("classes")
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as e:
         raise InputError(f"{source} is of no known model, or has an unusable 'config' or 'classes' "
                          f"({e!r}).") from e
     load_weights(created, checkpoint, new_heads=new_heads, say=say)
@@ -723,9 +669,8 @@ def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
 # ------------------------------------------------------------------------------------------------
 
 def to_rgb(image):
-    """Any Pillow image of 8 or 16 bits as RGB. Transparency is dropped and EXIF rotation not
-    applied, as in the recipe; 16-bit grey keeps its upper 8 bits (Pillow's own conversion would
-    clip it to white). Raises ValueError for 32 bits and floats: their range is not known."""
+    """A Pillow image as RGB, without transparency or EXIF rotation, as in the recipe; of 16 bits
+    the upper 8 (Pillow's conversion clips to white). Raises ValueError for 32 bits and floats."""
     if image.mode in ("I", "F"):
         raise ValueError(f"its values (mode {image.mode}) may have any range: convert it to 8 bits")
     if image.mode.startswith("I;16"):
@@ -737,8 +682,8 @@ def to_rgb(image):
 
 
 def center_view(image, size):
-    """The evaluation's view of a Pillow image, (size, size) RGB: short side to size / 0.875,
-    bicubic, then the central square; equal to torchvision's Resize and CenterCrop."""
+    """The evaluation's view (size, size) of a Pillow image, RGB: resizes its short side to
+    size / 0.875, bicubically, and cuts the central square; as torchvision's transforms do."""
     from PIL import Image
     image, short = to_rgb(image), int(size / CROP_RATIO)
     W, H = image.size
@@ -759,85 +704,74 @@ def to_tensor(view):
     return (x - mean) / std
 
 
-def class_names(model, count):
-    """The model's class names; for 1000 unnamed classes ImageNet's, if torchvision is there."""
-    if model.classes is None and count == 1000:
-        try:
-            return torchvision_models().ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-        except InputError:
-            pass
-    return model.classes or [f"class {k}" for k in range(count)]
-
-
 def draw_attention(model, view, answers, path):
-    """Writes a picture: the view, then for each special token what it looks at in the last block
-    (mean of the heads, bright: much), with the answers (a string for each token) below."""
+    """Writes a picture: the view, then what each special token looks at in the last block (bright:
+    much; mean of the heads), each with one of the answers (strings) below."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
     T, S = model.num_tokens, 384
     rows = model.attention(to_tensor(view))[-1, 0].mean(0)[:T, T:]             # (T, G*G)
-    view, G = view.resize((S, S), Image.Resampling.BICUBIC), math.isqrt(rows.shape[1])
+    rows = torch.cat([torch.ones_like(rows[:1]), rows / rows.amax(1, keepdim=True)])
+    G, view = math.isqrt(rows.shape[1]), view.resize((S, S), Image.Resampling.BICUBIC)
     picture = Image.new("RGB", ((T + 1) * (S + 8) - 8, S + 32), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(16)
-    for i, answer in enumerate(("what the model gets", *answers)):
-        panel = view
-        if i:
-            heat = (rows[i - 1] / rows[i - 1].max()).reshape(G, G).float().numpy()
-            heat = Image.fromarray(heat).resize((S, S), Image.Resampling.BICUBIC)
-            light = 0.15 + 0.85 * np.asarray(heat).clip(0, 1)[..., None]       # (S, S, 1)
-            panel = Image.fromarray((np.asarray(view) * light).astype(np.uint8))
-        picture.paste(panel, (i * (S + 8), 0))
-        draw.text((i * (S + 8) + 4, S + 6), answer, "black", font)
+    for i, (row, text) in enumerate(zip(rows, ("what the model gets", *answers))):
+        heat = Image.fromarray(row.view(G, G).float().numpy())
+        heat = np.asarray(heat.resize((S, S), Image.Resampling.BICUBIC)).clip(0, 1)
+        panel = np.asarray(view) * (0.15 + 0.85 * heat[..., None])             # (S, S, 3)
+        picture.paste(Image.fromarray((panel + 0.5).astype(np.uint8)), (i * (S + 8), 0))
+        draw.text((i * (S + 8) + 4, S + 6), text, "black", font)
     picture.save(path)
 
 
-def classify(path, weights, attention=None, **overrides):
+def classify(photo, weights, attention=None, **overrides):
     """Prints the five likeliest classes of a photo by each head and by both. attention: path of a
-    picture to draw (draw_attention). Raises InputError."""
+    picture to draw. Raises InputError, or OSError or ValueError if that cannot be written."""
     from PIL import Image
     model = load_model(weights, **overrides)
     try:
-        with Image.open(path) as image:
+        with Image.open(photo) as image:
             view = center_view(image, model.config["img_size"])
     except Exception as e:   # Pillow raises OSError, SyntaxError, ValueError and more
-        raise InputError(f"{path} cannot be read as an image ({e}).") from e
+        raise InputError(f"{photo} cannot be read as an image ({e}).") from e
     with torch.inference_mode():
-        cls_logits, dist_logits = both_heads(model, to_tensor(view))           # (1, K) each
-    names, answers = class_names(model, cls_logits.shape[1]), []
-    rows = [("class head", cls_logits)]
+        cls_logits, dist_logits = model.heads(to_tensor(view))                 # (1, K) each
+    heads, answers = {"class head": cls_logits}, []
     if dist_logits is not cls_logits:
-        rows += [("distillation head", dist_logits), ("both", (cls_logits + dist_logits) / 2)]
-    for title, logits in rows:
+        heads |= {"distillation head": dist_logits, "both": (cls_logits + dist_logits) / 2}
+    names = model.classes or [f"class {k}" for k in range(cls_logits.shape[1])]
+    if model.classes is None and len(names) == 1000:   # ImageNet's names, if torchvision is there
+        with contextlib.suppress(InputError):
+            names = torchvision_models().ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    for title, logits in heads.items():
         top = [(100 * p, names[k]) for p, k in zip(*logits[0].softmax(0).topk(min(5, len(names))))]
         answers.append(f"{title}: {top[0][1]}, {top[0][0]:.0f} %")
         print(title, *(f"  {p:5.1f} %  {name}" for p, name in top), sep="\n")
     if attention:
         if not isinstance(model, DeiT):
             raise InputError(f"{weights} is no DeiT: there is no attention to draw.")
-        try:
-            draw_attention(model, view, answers[:model.num_tokens], attention)
-        except (OSError, ValueError) as e:   # ValueError: a suffix that Pillow does not know
-            raise InputError(f"{attention} cannot be written ({e}): take out.png, say.") from e
+        draw_attention(model, view, answers, attention)
         print(f"attention drawn in {attention}")
 
 
 def main(argv=None):
-    import argparse
     parser = argparse.ArgumentParser(description="Classifies a photo; without one lists models.")
     parser.add_argument("photo", nargs="?", help="an image file to classify")
     parser.add_argument("--weights", default="deit_tiny_distilled_patch16_224",
                         help="checkpoint of train.py, official or timm file, URL or published name")
-    parser.add_argument("--num-heads", type=int, help="of a file that does not tell it")
+    parser.add_argument("--model", default=argparse.SUPPRESS,
+                        help="module:function, of a file that names one")
+    parser.add_argument("--num-heads", type=int, default=argparse.SUPPRESS,
+                        help="of a file that does not tell it")
     parser.add_argument("--attention", metavar="OUT.png", help="draw what the tokens look at")
     args = parser.parse_args(argv)
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # any name, any console
-    overrides = {} if args.num_heads is None else {"num_heads": args.num_heads}
     try:
         if args.photo:
-            return classify(args.photo, args.weights, args.attention, **overrides)
+            return classify(**vars(args))
         if args.attention:
             raise InputError("--attention needs a photo: give its path first.")
-    except InputError as e:
+    except (OSError, ValueError) as e:   # InputError too
         raise SystemExit(f"deit.py: {e}") from None
     print(f"{'name':34s}{'D':>5s}{'heads':>7s}{'S':>5s}{'parameters':>12s}{'published top-1':>17s}")
     for name, (embed_dim, num_heads, img_size, _, count, top1, _) in VARIANTS.items():

@@ -672,7 +672,7 @@ class State:
         self.model.load_state_dict(saved["model"])
         if self.ema:
             self.ema.load_state_dict(saved["ema"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))   # off the mapped file
         if saved["scaler"]:   # empty when it was not fp16 before
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.best, self.log = saved["step"], saved["best"], saved["log"]
@@ -862,7 +862,7 @@ def evaluate(models, loader, images, size, batch, processes):
         for row, model in zip(hits, models.values()):
             model.eval()
             with processes.autocast():
-                cls_logits, dist_logits = (x.float() for x in deit.both_heads(model, views))
+                cls_logits, dist_logits = (x.float() for x in model.heads(views))
             heads = torch.stack([cls_logits, dist_logits, (cls_logits + dist_logits) / 2])
             top = heads.topk(min(5, heads.shape[2]), dim=2).indices == labels  # (3, B, 5)
             row += torch.stack([top[..., 0].sum(1), top.sum((1, 2))], dim=1)   # (3, 2)
@@ -1163,7 +1163,7 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     be learned from one. val_loader: where it is tried (None: nowhere). Raises InputError."""
     if cfg.distillation == "none":
         return None
-    if cfg.teacher_answers:
+    if cfg.teacher_answers and (os.path.exists(cfg.teacher_answers) or not cfg.benchmark):
         state.answers = Answers(cfg, train_images, processes, state.step)
         if state.answers.complete:
             return state.answers
@@ -1576,8 +1576,8 @@ def parse(argv):
         "probabilities (soft), nothing [hard for a distilled model, none for others]",
         choices=["hard", "soft", "none"])
     add("--teacher", "a torchvision classifier, a DeiT or module:function", "regnet_y_16gf")
-    add("--teacher-weights", "torchvision's name, file or URL; none: random; a function has its own",
-        "IMAGENET1K_V2")
+    add("--teacher-weights", "torchvision's name, file or URL; none: random ones; if not given, "
+        "a function's own", "IMAGENET1K_V2")
     add("--teacher-answers", "keep the teacher's predictions here and ask only for what is "
         "missing: the next student needs no teacher [off]")
     add("--alpha", "weight of the distillation loss [0.5 hard, 0.1 soft]", kind=float)
