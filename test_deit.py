@@ -1727,22 +1727,30 @@ def test_sigterm_and_ctrl_c_finish_the_step_save_and_exit_as_is_the_custom():
 
 
 def test_a_signal_cuts_validation_short_and_it_is_repeated():
-    real, calls = train.evaluate, []
+    real, calls, decoded = train.evaluate, [], []
+    decode = train.EvalDataset.__getitem__
 
     def evaluate(models, *args):
         if "model" in models:   # not the teacher's trial
             calls.append(1)
             if len(calls) == 2:
+                decoded.clear()
                 os.kill(os.getpid(), signal.SIGTERM)
         return real(models, *args)
 
+    def getitem(self, item):
+        decoded.append(item)
+        return decode(self, item)
+
     with temporary() as folder:
-        with patched(train, "evaluate", evaluate):
+        with patched(train, "evaluate", evaluate), \
+                patched(train.EvalDataset, "__getitem__", getitem):
             try:
                 run(*FLAGS, "--output", folder)
             except SystemExit as e:
                 assert e.code == 143
         last = torch.load(os.path.join(folder, "last.pt"), weights_only=True)
+        assert len(decoded) == 1, "of three micro-batches"
         assert last["step"] == 6 and len(last["log"]) == 1
         assert "6 of 9 steps done" in resumed(folder)
 
@@ -1922,6 +1930,9 @@ def test_a_full_disk_keeps_the_former_save_and_training_goes_on():
     with temporary() as folder, patched(torch, "save", full):
         _, said = run(*FLAGS, "--output", folder)
         assert said.count("not saved") == 3 and "No space left on device" in said
+        calls[:] = [1] * 5
+        with raises("last.pt could not be written", OSError):
+            train.save(os.path.join(folder, "last.pt"), lambda f: full(None, f))
         assert same(result(folder), undisturbed())
         assert not [n for n in os.listdir(folder) if n.endswith(".tmp")]
 
