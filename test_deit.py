@@ -88,6 +88,17 @@ def temporary():
         yield folder
 
 
+@contextlib.contextmanager
+def working_folder():
+    here = os.getcwd()
+    with temporary() as folder:
+        os.chdir(folder)
+        try:
+            yield folder
+        finally:
+            os.chdir(here)
+
+
 def draw_images(folder, train_count=12, val_count=5, classes=("1", "10", "2")):
     """train/ and val/ of coloured noise, one hue per class, as JPEG."""
     rng = np.random.default_rng(0)
@@ -1730,13 +1741,13 @@ def test_a_signal_cuts_validation_short_and_it_is_repeated():
     real, calls, decoded = train.evaluate, [], []
     decode = train.EvalDataset.__getitem__
 
-    def evaluate(models, *args):
+    def evaluate(models, *args, **how):
         if "model" in models:   # not the teacher's trial
             calls.append(1)
             if len(calls) == 2:
                 decoded.clear()
                 os.kill(os.getpid(), signal.SIGTERM)
-        return real(models, *args)
+        return real(models, *args, **how)
 
     def getitem(self, item):
         decoded.append(item)
@@ -1753,6 +1764,35 @@ def test_a_signal_cuts_validation_short_and_it_is_repeated():
         assert len(decoded) == 1, "of three micro-batches"
         assert last["step"] == 6 and len(last["log"]) == 1
         assert "6 of 9 steps done" in resumed(folder)
+
+
+def test_a_signal_cuts_nothing_else_short():
+    """Not the teacher's trial, which would seem bad, nor --eval, whose score would be of a part."""
+    real, handler, seen = train.evaluate, signal.getsignal(signal.SIGTERM), []
+
+    def evaluate(models, *args, **how):
+        if "it" in models and seen == []:
+            os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return real(models, *args, **how)
+
+    with working_folder():
+        draw_images("d", 12, 67)
+        state = deit.create_classifier(REGNET, 3).state_dict()
+        state["fc.weight"].zero_()
+        state["fc.bias"].copy_(torch.tensor([1.0, 0.0, 0.0]))     # right on the first third
+        torch.save(state, "t.pth")
+        with patched(train, "evaluate", evaluate):
+            try:
+                run("--epochs", "2", "--teacher-weights", "t.pth", "--output", "o", data="d")
+            except SystemExit as e:
+                assert "no better than chance: " in str(e) and "33.3 % of 201" in str(e), e
+            seen.clear()
+            with contextlib.suppress(SystemExit):
+                run("--epochs", "2", "--output", "p")
+            assert torch.load("p/last.pt", weights_only=True)["step"] == 1
+            quiet(train.main, ["--data", shared_images(), "--eval", "p/last.pt", "--workers", "0"])
+        assert seen[-1] == handler, "--eval is ended as by default"
 
 
 class Crash(BaseException):
@@ -1877,8 +1917,8 @@ def test_a_remedy_may_be_new_when_a_run_goes_on_and_is_said():
 def test_best_pt_is_the_best_model_whatever_happens_to_last_pt():
     real, calls = train.evaluate, []
 
-    def evaluate(models, *args):   # 10, 90, 50 % in the three epochs
-        scores, broken = real(models, *args)
+    def evaluate(models, *args, **how):   # 10, 90, 50 % in the three epochs
+        scores, broken = real(models, *args, **how)
         if "model" in models:
             scores["model"]["both"] = (10, 90, 50)[len(calls)]
             calls.append(1)
@@ -2187,15 +2227,12 @@ def nothing(num_classes):
 @contextlib.contextmanager
 def own_module():
     """A working folder with mine.py in it."""
-    here = os.getcwd()
-    with temporary() as folder:
-        os.chdir(folder)
+    with working_folder() as folder:
         try:
             with open("mine.py", "w") as f:
                 f.write(MINE)
             yield folder
         finally:
-            os.chdir(here)
             sys.modules.pop("mine", None)
             sys.path[:] = [p for p in sys.path if p != os.path.realpath(folder)]
 
@@ -2316,17 +2353,6 @@ def test_teachers_answers_recorded_and_replayed_are_the_live_run():
 # ------------------------------------------------------------------------------------------------
 # What people run into
 # ------------------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def working_folder():
-    here = os.getcwd()
-    with temporary() as folder:
-        os.chdir(folder)
-        try:
-            yield folder
-        finally:
-            os.chdir(here)
-
 
 def touch(*paths):
     for path in paths:

@@ -842,11 +842,11 @@ def train_step(state, teacher, batches, cfg, processes):
 # ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(models, loader, images, size, batch, processes):
+def evaluate(models, loader, images, size, batch, processes, stop_on_signal=False):
     """Accuracy of several models by one decoding. models: {name: network}; images: indices into the
     loader's folder. Returns {name: {"cls", "dist", "both": top-1 in percent, "cls5", "dist5",
-    "both5": top-5}} and {image: reason} of the unreadable ones, which count as wrong. Once a signal
-    has come, the rest is left out."""
+    "both5": top-5}} and {image: reason} of the unreadable ones, which count as wrong.
+    stop_on_signal: once a signal has come, the rest is left out, and the result is of no use."""
     device, numbers = processes.device, loader.dataset.folder.labels
     mine = images[processes.rank::processes.world_size]
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
@@ -855,7 +855,7 @@ def evaluate(models, loader, images, size, batch, processes):
     hits = torch.zeros(len(models), 3, 2, device=device)   # model; cls, dist, both; top-1, top-5
     unreadable = {}
     for views, labels, reasons in loader:
-        if processes.signal:
+        if stop_on_signal and processes.signal:
             break
         unreadable |= reasons
         views, labels = normalise(views, device), labels.to(device, non_blocking=True)[:, None]
@@ -1296,7 +1296,7 @@ def end_epoch(state, cfg, times, train_images, val_loader, processes):
     seconds, val_images = time.perf_counter() - times.epoch, val_loader.dataset.folder
     state.average(processes)
     scores, bad_val = evaluate(state.evaluated(), val_loader, np.arange(len(val_images)),
-                               cfg.img_size, cfg.micro_batch, processes)
+                               cfg.img_size, cfg.micro_batch, processes, stop_on_signal=True)
     save_if_due(state, cfg, processes)   # a signal cut the evaluation short: --resume repeats it
     loss, agreed, micro_batches, skipped = processes.sum(state.totals).tolist()
     record = {"epoch": len(state.log) + 1, "step": state.step,
@@ -1483,7 +1483,6 @@ def run_benchmark(args, processes):
     state.model.train()
     micro, mine = cfg.micro_batch, cfg.batch_size // processes.world_size
     ready = 2 * processes.workers + 1   # micro-batches that may wait finished: never counted
-
     rate = functools.partial(measure_rate, processes)
     loader_rate = rate(lambda: next(batches), micro, warm_up=ready)
     batch = next(batches)
@@ -1794,9 +1793,11 @@ def main(argv=None):
             raise InputError("--data is missing: give a folder that holds train/<class>/<image> "
                              "and val/<class>/<image>, or nothing (but --seed) for the demo.")
         processes = Processes(args.device, args.amp, args.workers)
-        run = run_eval if args.eval else run_benchmark if args.benchmark else train
-        with caught_signals(processes):
-            result = run(args, processes)
+        if args.eval or args.benchmark:
+            result = (run_eval if args.eval else run_benchmark)(args, processes)
+        else:
+            with caught_signals(processes):
+                result = train(args, processes)
         processes.leave()
         return result
     except SystemExit:
