@@ -285,34 +285,30 @@ class ImageFolder:
             how = " (the README has lines that sort ImageNet's flat val folder)" if flat else ""
             raise InputError(f"{root} holds {flat or 'no'} images and no class folders: put the "
                              f"images of each class into a folder of its own{how}.")
-        names, counts = [], []
-        for folder in self.folders:
-            images = self.list_images(folder)
-            names += images
-            counts.append(len(images))
+        images = [self.list_images(folder) for folder in self.folders]
+        names = list(itertools.chain(*images))
         if not names:
             chosen = "" if part == (0, 1) else "among those that --val-fraction chooses "
             raise InputError(f"{root} holds no images {chosen}({' '.join(SUFFIXES)}).")
-        self.first = np.cumsum([0, *counts])   # first image of each folder, and the end
-        self.starts = np.cumsum([0] + [len(n) for n in names])
+        counts = list(map(len, images))
+        self.numbers = np.arange(len(images), dtype=np.int32).repeat(counts)   # folder of each
+        self.starts = np.cumsum([0] + [len(name) for name in names])
         self.names = np.frombuffer(b"".join(names), np.uint8)
         self.renumber(classes or self.folders)
 
     def list_images(self, name):
-        """Paths below a class folder, as bytes with /, of its images in this part."""
-        images, top = [], os.path.join(self.root, name)
-        low, high = self.part
-        for folder, files in walk(top):
-            below = folder[len(top) + 1:].replace(os.sep, "/") + "/"
+        """Paths below root, as bytes with /, of a class folder's images in this part."""
+        images, (low, high) = [], self.part
+        for folder, files in walk(os.path.join(self.root, name)):
+            below = folder[len(os.path.join(self.root, "")):].replace(os.sep, "/") + "/"
             for file in files:
                 if file[0] != "." and file.lower().endswith(SUFFIXES):
-                    images.append(os.fsencode((below + file).lstrip("/")))
+                    images.append(os.fsencode(below + file))
                 elif file[0] != ".":
                     self.left_out.append(os.path.join(folder, file))
-        if self.part != (0, 1):
-            root = os.fsencode(name) + b"/"
-            images = [i for i in images if low <= stable_hash(root + i) / 2**56 < high]
-        return images
+        if self.part == (0, 1):
+            return images
+        return [image for image in images if low <= stable_hash(image) / 2**56 < high]
 
     def renumber(self, classes):
         """Labels by another list of classes, which must hold all of this folder's."""
@@ -321,25 +317,19 @@ class ImageFolder:
             raise InputError(f"{self.root} has classes that training does not know: "
                              f"{', '.join(strange[:3])} ({len(strange)} in all).")
         number = {name: i for i, name in enumerate(classes)}
-        table = np.array([number[name] for name in self.folders], np.int32)
-        self.classes, self.labels = list(classes), table.repeat(np.diff(self.first))
+        self.classes = list(classes)
+        self.labels = np.array([number[n] for n in self.folders], np.int32)[self.numbers]
 
     def __len__(self):
         return len(self.labels)
 
     def fingerprint(self):
         """A number that tells this list of images from others."""
-        parts = (self.names, self.starts, self.first, os.fsencode("/".join(self.folders)))
-        return stable_hash(b"".join(map(bytes, parts)))
-
-    def folder_of(self, i):
-        """Name of the folder of image i, and the range of its images."""
-        k = int(self.first.searchsorted(i, "right")) - 1
-        return self.folders[k], self.first[k], self.first[k + 1]
+        return stable_hash(bytes(self.names) + bytes(self.starts))
 
     def path(self, i):
-        name = os.fsdecode(self.names[self.starts[i]:self.starts[i + 1]].tobytes())
-        return os.path.join(self.root, self.folder_of(i)[0], name)
+        name = self.names[self.starts[i]:self.starts[i + 1]].tobytes()
+        return os.path.join(self.root, os.fsdecode(name))
 
     def open(self, i):
         """Image i as RGB. Raises whatever Pillow raises, which is more than OSError."""
@@ -400,13 +390,15 @@ class TrainDataset:
 
     def decode(self, i, unreadable):
         """Image i or the next of its class that can be read; reasons are added to unreadable."""
-        name, start, stop = self.folder.folder_of(i)
+        folder, number = self.folder, self.folder.numbers[i]
+        start, stop = folder.numbers.searchsorted([number, number + 1])
         for j in itertools.chain(range(i, stop), range(start, i)):
             try:
-                return self.folder.open(j)
+                return folder.open(j)
             except Exception:
-                unreadable[j] = self.folder.why_unreadable(j)
-        raise InputError(f"no image of class {name} in {self.folder.root} can be read.")
+                unreadable[j] = folder.why_unreadable(j)
+        raise InputError(f"no image of class {folder.folders[number]} in {folder.root} can be "
+                         "read.")
 
     def __getitem__(self, item):
         epoch, step, k, images, numbers = item
@@ -773,20 +765,17 @@ class Answers:
         return classes
 
     def save(self, processes):
-        """Writes what is new, on rank 0. Called by all processes, before last.pt is written."""
-        new, self.new = [(place, (classes + 1).cpu().numpy().astype(np.uint16))
-                         for place, classes in self.new], []
-        new = itertools.chain(*processes.gather(new))
-        if processes.rank == 0:
-            try:
-                with open(self.path, "r+b") as f:
-                    for place, classes in new:
-                        f.seek(self.HEADER + 2 * place)
-                        f.write(classes.tobytes())
-                    f.flush()
-                    os.fsync(f.fileno())
-            except OSError as e:   # they will be asked again
-                processes.print0(f"not saved      {self.path} could not be written ({e})")
+        """Writes what is new of this process, before last.pt is written."""
+        new, self.new = self.new, []
+        try:
+            with open(self.path, "r+b") as f:
+                for place, classes in new:
+                    f.seek(self.HEADER + 2 * place)
+                    f.write((classes + 1).cpu().numpy().astype(np.uint16).tobytes())
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:   # they will be asked again
+            processes.print0(f"not saved      {self.path} could not be written ({e})")
 
 
 def pair(output):
@@ -1051,7 +1040,8 @@ def load_images(args, print0=print):
     else:
         train = ImageFolder(where[0])
         val = ImageFolder(where[1], train.classes)
-    empty = [name for name, count in zip(train.folders, np.diff(train.first)) if count == 0]
+    held = set(train.numbers.tolist())
+    empty = [name for i, name in enumerate(train.folders) if i not in held]
     if empty:
         beside = " beside those of --val-fraction" if args.val_fraction else ""
         raise InputError(f"{os.path.join(train.root, empty[0])} holds no images to train on"
