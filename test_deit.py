@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,51 @@ def config(**given):
                                         batch_size=6, micro_batch=6) | given)
 
 
+def small(name=TI, **changes):
+    return deit.create_model(name, **SMALL | changes)
+
+
+def save_small(path, model, classes="abcdefg"):
+    """A checkpoint as train.py writes it."""
+    torch.save({"model": model.state_dict(), "config": {"name": TI, **model.config},
+                "classes": list(classes)}, path)
+
+
+def as_pytorchs(attention):
+    """PyTorch's own attention with the weights of ours."""
+    h, D = attention.num_heads, attention.proj.in_features
+    theirs = torch.nn.MultiheadAttention(D, h, batch_first=True)
+    theirs.load_state_dict({
+        "in_proj_weight": attention.qkv.weight, "in_proj_bias": attention.qkv.bias,
+        "out_proj.weight": attention.proj.weight, "out_proj.bias": attention.proj.bias})
+    return theirs
+
+
+@contextlib.contextmanager
+def web():
+    """A web server of the working folder, and an empty cache for what is downloaded."""
+    handler = type(
+        "Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
+    hub = torch.hub.get_dir()
+    with temporary() as cache, http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as s:
+        threading.Thread(target=s.serve_forever, daemon=True).start()
+        torch.hub.set_dir(cache)
+        try:
+            yield f"http://127.0.0.1:{s.server_port}/"
+        finally:
+            torch.hub.set_dir(hub)
+            s.shutdown()
+
+
+def save_with_hash(state, stem):
+    """Saves under the name that a release has: stem-<start of its SHA-256>.pth. The hash."""
+    torch.save(state, "w")
+    with open("w", "rb") as f:
+        sha256 = hashlib.sha256(f.read()).hexdigest()[:8]
+    os.rename("w", f"{stem}-{sha256}.pth")
+    return sha256
+
+
 # ------------------------------------------------------------------------------------------------
 # The network
 # ------------------------------------------------------------------------------------------------
@@ -147,12 +193,8 @@ def test_parameter_counts_are_the_published_ones():
 
 
 def test_attention_is_pytorchs_multihead_attention():
-    B, N, D, h = 2, 5, 12, 3
-    ours, theirs = deit.Attention(D, h), torch.nn.MultiheadAttention(D, h, batch_first=True)
-    theirs.load_state_dict({"in_proj_weight": ours.qkv.weight, "in_proj_bias": ours.qkv.bias,
-                            "out_proj.weight": ours.proj.weight, "out_proj.bias": ours.proj.bias})
-    x = torch.randn(B, N, D)
-    expected = theirs(x, x, x, need_weights=False)[0]
+    ours, x = deit.Attention(12, 3), torch.randn(2, 5, 12)
+    expected = as_pytorchs(ours)(x, x, x, need_weights=False)[0]
     for fused in (True, False):
         with patched(deit.Attention, "fused", fused):
             close(ours(x), expected)
@@ -160,36 +202,27 @@ def test_attention_is_pytorchs_multihead_attention():
 
 
 def test_attention_maps_are_pytorchs_weights_of_every_block():
-    torch.manual_seed(0)
-    model = trained_looking(deit.create_model(TI, **SMALL)).eval()
-    images = torch.randn(2, 3, 32, 32)
+    model, images = small().eval(), torch.randn(2, 3, 32, 32)
     maps = model.attention(images)
     assert maps.shape == (3, 2, 2, 18, 18) and not maps.requires_grad
     x = model.embed(images)
     for block, got in zip(model.blocks, maps, strict=True):
-        theirs = torch.nn.MultiheadAttention(32, 2, batch_first=True)
-        theirs.load_state_dict({
-            "in_proj_weight": block.attn.qkv.weight, "in_proj_bias": block.attn.qkv.bias,
-            "out_proj.weight": block.attn.proj.weight, "out_proj.bias": block.attn.proj.bias})
         y = block.norm1(x)
-        close(got, theirs(y, y, y, average_attn_weights=False)[1])
+        close(got, as_pytorchs(block.attn)(y, y, y, average_attn_weights=False)[1])
         x = block(x)
 
 
 def test_the_picture_of_attention_is_bright_where_the_tokens_look():
-    with temporary() as folder:
-        torch.manual_seed(0)
-        model = deit.create_model(TI, **SMALL | {"depth": 1}).eval()
-        path, photo, out = (os.path.join(folder, n) for n in ("m.pt", "photo.png", "out.png"))
-        torch.save({"model": model.state_dict(), "config": {"name": TI, **model.config},
-                    "classes": list("abcdefg")}, path)
-        Image.new("RGB", (32, 32), (200, 200, 200)).save(photo)
+    with working_folder():
+        save_small("m.pt", small(depth=1))
+        Image.new("RGB", (32, 32), (200, 200, 200)).save("photo.png")
         rows = torch.full((1, 1, 2, 18, 18), 0.01)
         rows[..., 0, 2 + 5] = rows[..., 1, 2 + 10] = 0.5   # patch (1, 1); patch (2, 2)
+        argv = ["photo.png", "--weights", "m.pt", "--attention"]
         with patched(deit.DeiT, "attention", lambda self, images: rows):
-            _, said = quiet(deit.main, [photo, "--weights", path, "--attention", out])
+            _, said = quiet(deit.main, [*argv, "out.png"])
         assert "distillation head" in said and "out.png" in said
-        pixels = np.asarray(Image.open(out).convert("L")).astype(int)
+        pixels = np.asarray(Image.open("out.png").convert("L")).astype(int)
         assert pixels.shape == (384 + 32, 3 * 384 + 16)
         assert (pixels[:384, :384] == 200).all(), "the view itself"
         for panel, patch in ((1, 1), (2, 2)):
@@ -199,15 +232,14 @@ def test_the_picture_of_attention_is_bright_where_the_tokens_look():
         assert (pixels[384:] < 128).any(), "the answers are beneath"
         for bad, phrase in (("out.xyz", "unknown file extension"), ("no/out.png", "No such file")):
             with raises(phrase, SystemExit):
-                quiet(deit.main, [photo, "--weights", path, "--attention",
-                                  os.path.join(folder, bad)])
+                quiet(deit.main, [*argv, bad])
         with raises("needs a photo", SystemExit):
-            deit.main(["--attention", out])
+            deit.main(["--attention", "out.png"])
 
 
 def test_the_network_compiles_exports_and_runs_in_any_type():
     torch.manual_seed(0)
-    model, images = deit.create_model(TI, **SMALL).eval(), torch.randn(2, 3, 32, 32)
+    model, images = small().eval(), torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(images)
         compiled = torch.compile(model, backend="eager", fullgraph=True)   # no break in the graph
@@ -243,11 +275,9 @@ for mode in ("hard", "soft"):
 torch.optim.AdamW(model.parameters()).step()
 print(deit.__file__, len(model.eval()(torch.randn(2, 3, 32, 32))))
 """
-    with temporary() as folder:
-        with open(os.path.join(HERE, "deit.py"), "rb") as f, \
-                open(os.path.join(folder, "deit.py"), "wb") as copied:
-            copied.write(f.read())
-        out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=folder, text=True,
+    with working_folder() as folder:
+        shutil.copy(os.path.join(HERE, "deit.py"), ".")
+        out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], text=True,
                              capture_output=True)
         assert out.stdout.split() == [os.path.join(os.path.realpath(folder), "deit.py"), "2"], out
 
@@ -268,7 +298,7 @@ def test_block_is_pytorchs_encoder_layer():
 
 
 def test_last_blocks_short_cut_changes_no_logit_and_no_gradient():
-    model, x = deit.create_model(TI, **SMALL), torch.randn(3, 3, 32, 32)
+    model, x = small(), torch.randn(3, 3, 32, 32)
     T = 2
     short, full = model.features(x, T), model.features(x)
     assert full.shape == (3, T + 16, 32)
@@ -283,7 +313,7 @@ def test_last_blocks_short_cut_changes_no_logit_and_no_gradient():
 
 def test_forward_returns_what_its_mode_promises():
     x = torch.randn(2, 3, 32, 32)
-    model = deit.create_model(TI, **SMALL)
+    model = small()
     cls, dis = model(x)
     assert cls.shape == dis.shape == (2, 7) and not torch.allclose(cls, dis)
     close(model.eval()(x), (cls + dis) / 2)
@@ -291,14 +321,14 @@ def test_forward_returns_what_its_mode_promises():
     close(model.heads(x)[0], model.head(tokens[:, 0]))
     close(model.heads(x)[1], model.head_dist(tokens[:, 1]))
     close(model.heads(x)[1], dis)
-    plain = deit.create_model("deit_tiny_patch16_224", **SMALL)
+    plain = small("deit_tiny_patch16_224")
     assert plain(x).shape == (2, 7)
     close(plain.heads(x)[0], plain.heads(x)[1])
 
 
 def test_position_and_token_order():
     """Tokens come first, class before distillation, then patches row by row."""
-    model = deit.create_model(TI, **SMALL)
+    model = small()
     images = torch.zeros(1, 3, 32, 32)
     images[..., 8:16, 24:32] = 1                                  # patch of row 1, column 3
     x = model.embed(images) - model.pos_embed
@@ -332,13 +362,13 @@ def test_every_layer_is_called_so_hooks_wrappers_and_pruning_reach_it():
     from torch.nn.utils import prune
     images, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
     for mode in (True, False):
-        model, fired = deit.create_model(TI, **SMALL).train(mode), set()
+        model, fired = small().train(mode), set()
         leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
         for name, module in leaves.items():
             module.register_forward_hook(lambda *args, name=name: fired.add(name))
         model(images)
         assert leaves.keys() - fired == set()
-    model = deit.create_model(TI, **SMALL).eval()
+    model = small().eval()
     wrapped = copy.deepcopy(model)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
@@ -386,7 +416,7 @@ def test_drop_path_is_linear_over_depth_per_sample_and_keeps_the_mean():
 
 def test_one_batch_is_learned_by_heart():
     torch.manual_seed(0)
-    model = deit.create_model(TI, **SMALL)
+    model = small()
     x, y, t = torch.randn(8, 3, 32, 32), torch.arange(8) % 7, torch.randn(8, 7)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(60):
@@ -457,7 +487,7 @@ def test_combined_loss_weights_and_targets():
 
 
 def test_each_loss_reaches_its_own_head_and_nothing_reaches_the_teacher():
-    model = deit.create_model(TI, **SMALL)
+    model = small()
     teacher = deit.load_teacher(REGNET, None, 7)
     x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
     for alpha, reached, untouched in (
@@ -476,82 +506,78 @@ def test_each_loss_reaches_its_own_head_and_nothing_reaches_the_teacher():
 # ------------------------------------------------------------------------------------------------
 
 def test_official_and_timm_files_load_strictly_and_tell_their_architecture():
-    model = deit.create_model(TI, num_classes=5, depth=2).eval()
-    x = torch.randn(1, 3, 224, 224)
+    def build(name=TI, depth=2):
+        return deit.create_model(name, num_classes=5, depth=depth).eval()
+
+    model, x = build(), torch.randn(1, 3, 224, 224)
     state = model.state_dict()
-    with temporary() as folder:
-        path = os.path.join(folder, "w.pth")
-        prefixed = {"module._orig_mod." + k: v for k, v in state.items()}
-        for content in ({"model": state}, state, prefixed):
-            torch.save(content, path)
-            other = deit.create_model(TI, num_classes=5, depth=2).eval()
-            deit.load_weights(other, path)
+    with working_folder():
+        for content in ({"model": state}, {"module._orig_mod." + k: v for k, v in state.items()},
+                        state):
+            torch.save(content, "w.pth")
+            other = build()
+            deit.load_weights(other, "w.pth")
             close(other(x), model(x), 0)
-        torch.save(state, path)
-        read, _ = quiet(deit.load_model, path)
+        read, _ = quiet(deit.load_model, "w.pth")
         assert read.config["depth"] == 2 and read.config["num_heads"] == 3 and not read.training
         close(read(x), model(x), 0)
         with raises("another architecture"):
-            deit.load_weights(
-                deit.create_model("deit_tiny_patch16_224", num_classes=5, depth=2), path)
+            deit.load_weights(build("deit_tiny_patch16_224"), "w.pth")
         with raises("blocks.2"):
-            deit.load_weights(deit.create_model(TI, num_classes=5, depth=3), path)
+            deit.load_weights(build(depth=3), "w.pth")
 
 
 def test_a_guess_is_said_and_a_backbone_gets_a_head():
-    with temporary() as folder:
-        path, said = os.path.join(folder, "w.pth"), []
-        torch.save(deit.create_model(TI, embed_dim=128, num_heads=4, depth=1).state_dict(), path)
-        assert deit.load_model(path, say=said.append).config["num_heads"] == 2
+    said = []
+    with working_folder():
+        torch.save(deit.create_model(TI, embed_dim=128, num_heads=4, depth=1).state_dict(), "w.pth")
+        assert deit.load_model("w.pth", say=said.append).config["num_heads"] == 2
         assert len(said) == 1 and "num_heads: 2 is guessed" in said[0]
-        assert deit.load_model(path, say=said.append, num_heads=4).config["num_heads"] == 4
-        photo = os.path.join(shared_images(), "val", "10", "0.JPEG")
-        assert "guessed" in quiet(deit.main, [photo, "--weights", path])[1]
-        assert "guessed" not in quiet(deit.main, [photo, "--weights", path, "--num-heads", "4"])[1]
+        assert deit.load_model("w.pth", say=said.append, num_heads=4).config["num_heads"] == 4
+        argv = [os.path.join(shared_images(), "val", "10", "0.JPEG"), "--weights", "w.pth"]
+        assert "guessed" in quiet(deit.main, argv)[1]
+        assert "guessed" not in quiet(deit.main, [*argv, "--num-heads", "4"])[1]
         state = deit.create_model("deit_tiny_patch16_224", depth=1).state_dict()
-        torch.save(state, path)
-        deit.load_model(path, say=said.append)
+        torch.save(state, "w.pth")
+        deit.load_model("w.pth", say=said.append)
         assert len(said) == 1, "published widths are silent"
         backbone = {f"module.{k}": v for k, v in state.items() if not k.startswith("head")}
         model = deit.create_model("deit_tiny_patch16_224", depth=1, num_classes=9)
         deit.load_weights(model, backbone, say=said.append)       # in memory, with its prefix
         assert "0 classes in head, not 9: it starts anew" in said[1]
         assert torch.equal(model.norm.weight, state["norm.weight"]) and model.head.weight.std() > 0
-        torch.save({"model": backbone}, path)
-        assert deit.load_model(path, say=said.append, num_classes=3).head.weight.shape == (3, 192)
-        with raises("has 0 classes in head, not 5"):
-            deit.load_weights(deit.create_model("deit_tiny_patch16_224", depth=1, num_classes=5),
-                              path, new_heads=False)
+        torch.save({"model": backbone}, "w.pth")
+        model = deit.load_model("w.pth", say=said.append, num_classes=3)
+        assert model.head.weight.shape == (3, 192)
+        with raises("has 0 classes in head, not 3"):
+            deit.load_weights(model, "w.pth", new_heads=False)
 
 
 def test_files_of_torchvisions_odd_models_load():
     import torchvision
-    with temporary() as folder:
-        path = os.path.join(folder, "w.pth")
+    with working_folder():
         for name, rename in (("mnasnet0_5", str), ("densenet121", lambda key: re.sub(
                 r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", key))):
             model = torchvision.models.get_model(name, num_classes=3)
             state = model.state_dict()   # as released: MNASNet's with a version, DenseNet's renamed
             for key in list(state):
                 state[rename(key)] = state.pop(key)
-            torch.save(state, path)
+            torch.save(state, "w.pth")
             loaded = deit.create_classifier(name, 3)
-            deit.load_weights(loaded, path)
-            assert all(torch.equal(a, b) for a, b in zip(
-                loaded.state_dict().values(), model.state_dict().values(), strict=True))
+            deit.load_weights(loaded, "w.pth")
+            assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
 
 
-def test_heads_of_another_class_count_start_anew_and_it_is_said():
-    source, said = deit.create_model(TI, **SMALL), []
-    model = deit.create_model(TI, **SMALL | {"num_classes": 4})
+def test_heads_of_another_class_count_or_other_classes_start_anew_and_it_is_said():
+    source, said = small(), []
+    model = small(num_classes=4)
     deit.load_weights(model, source.state_dict(), say=said.append)
     assert len(said) == 2 and "7 classes in head_dist, not 4: it starts anew" in said[1]
     close(model.blocks[0].mlp.fc1.weight, source.blocks[0].mlp.fc1.weight, 0)
     assert model.head.weight.shape == (4, 32)
     with raises("has 7 classes in head, not 4"):
         deit.load_weights(model, source.state_dict(), new_heads=False)
-    whole, twin = {"model": source.state_dict(), "classes": list("abcdefg")}, copy.deepcopy(source)
-    torch.nn.init.zeros_(twin.head.weight)
+    whole, twin = {"model": source.state_dict(), "classes": list("abcdefg")}, small()
     deit.load_weights(twin, whole, classes=list("abcdefg"), say=said.append)
     assert len(said) == 2 and torch.equal(twin.head.weight, source.head.weight)
     deit.load_weights(twin, whole, classes=list("ABCDEFG"), say=said.append)
@@ -560,12 +586,12 @@ def test_heads_of_another_class_count_start_anew_and_it_is_said():
 
 
 def test_position_embedding_is_resized_bicubically_with_its_tokens_kept():
-    model = deit.create_model(TI, **SMALL | {"img_size": 64})     # G = 8, from 4
+    model = small(img_size=64)     # G = 8, from 4
     old = torch.randn(1, 2 + 16, 32)
     new = deit.resize_pos_embed(old, model)
     assert new.shape == (1, 2 + 64, 32)
     close(new[:, :2], old[:, :2], 0)
-    same = deit.create_model(TI, **SMALL)
+    same = small()
     assert deit.resize_pos_embed(old, same) is old
     # One inner point by hand: row 3 of 8 lies at (3 + 0.5) / 2 - 0.5 = 1.25 of 4, between 1 and 2
 
@@ -579,75 +605,44 @@ def test_position_embedding_is_resized_bicubically_with_its_tokens_kept():
     close(new[0, 2:].view(8, 8, 32)[3, 3], expected)
 
 
-@contextlib.contextmanager
-def serve(folder):
-    """A web server of the folder on localhost; its address."""
-    handler = type(
-        "Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(handler, directory=folder)) as s:
-        threading.Thread(target=s.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{s.server_port}/"
-        s.shutdown()
-
-
 def test_published_weights_are_downloaded_once_and_hash_checked():
-    model = deit.create_model(TI).eval()
-    with temporary() as folder, temporary() as cache, serve(folder) as url:
-        torch.save({"model": model.state_dict()}, os.path.join(folder, "w"))
-        with open(os.path.join(folder, "w"), "rb") as f:
-            sha256 = hashlib.sha256(f.read()).hexdigest()[:8]
-        name = f"{TI}-{sha256}.pth"
-        os.rename(os.path.join(folder, "w"), os.path.join(folder, name))
-        variant = deit.VARIANTS[TI]
-        old_hub = torch.hub.get_dir()
-        torch.hub.set_dir(cache)
-        try:
-            with patched(deit, "RELEASES", url):
-                with patched(deit, "VARIANTS", deit.VARIANTS | {TI: (*variant[:-1], "deadbeef")}):
-                    os.link(os.path.join(folder, name), os.path.join(folder, f"{TI}-deadbeef.pth"))
-                    with raises("invalid hash"):
-                        deit.create_model(TI, pretrained=True)
-                    assert os.listdir(os.path.join(cache, "checkpoints")) == []
-                with patched(deit, "VARIANTS", deit.VARIANTS | {TI: (*variant[:-1], sha256)}):
-                    got = deit.create_model(TI, pretrained=True)
-                    close(got.head.weight, model.head.weight, 0)
-                    os.remove(os.path.join(folder, name))
-                    deit.create_model(TI, pretrained=True)        # from the cache now
-            with raises("could not be downloaded"):
-                deit.read_checkpoint(url + "nothing-12345678.pth")
-        finally:
-            torch.hub.set_dir(old_hub)
+    model = deit.create_model(TI)
+    with working_folder(), web() as url:
+        sha256 = save_with_hash({"model": model.state_dict()}, TI)
+        os.link(f"{TI}-{sha256}.pth", f"{TI}-deadbeef.pth")
+
+        def load(promised):
+            row = *deit.VARIANTS[TI][:-1], promised
+            with patched(deit, "RELEASES", url), \
+                    patched(deit, "VARIANTS", deit.VARIANTS | {TI: row}):
+                return deit.create_model(TI, pretrained=True)
+
+        with raises("invalid hash"):
+            load("deadbeef")
+        assert os.listdir(os.path.join(torch.hub.get_dir(), "checkpoints")) == []
+        close(load(sha256).head.weight, model.head.weight, 0)
+        os.remove(f"{TI}-{sha256}.pth")
+        load(sha256)                                              # from the cache now
+        with raises("could not be downloaded"):
+            deit.read_checkpoint(url + "nothing-12345678.pth")
 
 
 def test_torchvisions_published_weights_start_a_model_with_new_heads():
-    torch.manual_seed(0)
-    model = trained_looking(deit.create_classifier(REGNET, 1000))
-    with temporary() as folder, temporary() as cache, serve(folder) as url:
-        path = os.path.join(folder, "w")
-        torch.save(model.state_dict(), path)
-        with open(path, "rb") as f:
-            name = f"demo-{hashlib.sha256(f.read()).hexdigest()[:8]}.pth"
-        os.rename(path, os.path.join(folder, name))
-        old_hub = torch.hub.get_dir()
-        torch.hub.set_dir(cache)
-        try:
-            with patched(deit, "released_url", lambda *names: url + name):
-                same_ = deit.load_model(REGNET)
-                images = torch.randn(2, 3, 32, 32)
-                close(same_(images), model.eval()(images))
-                _, said = quiet(train.main, [
-                    "--data", shared_images(), "--model", REGNET, "--pretrained", "--epochs",
-                    "2", "--warmup-epochs", "1", "--batch-size", "12", "--lr", "2e-3", "--img-size",
-                    "32", "--workers", "0", "--output", os.path.join(folder, "o")])
-                assert "1000 classes in fc, not 3: it starts anew" in said
-                with raises("leave out one", SystemExit):
-                    run("--pretrained", "--finetune", path)
-        finally:
-            torch.hub.set_dir(old_hub)
-        last = deit.read_checkpoint(os.path.join(folder, "o", "best.pt"))["model"]["stem.0.weight"]
-        assert (last - model.state_dict()["stem.0.weight"]).abs().max() < 0.1
     from torchvision.models import RegNet_Y_400MF_Weights as table
+    model, images = trained_looking(deit.create_classifier(REGNET)), torch.randn(2, 3, 32, 32)
+    with working_folder(), web() as url:
+        sha256 = save_with_hash(model.state_dict(), "demo")
+        with patched(deit, "released_url", lambda *names: f"{url}demo-{sha256}.pth"):
+            close(deit.load_model(REGNET)(images), model(images))
+            _, said = quiet(train.main, [
+                "--data", shared_images(), "--model", REGNET, "--pretrained", "--epochs", "2",
+                "--warmup-epochs", "1", "--batch-size", "12", "--lr", "2e-3", "--img-size", "32",
+                "--workers", "0", "--output", "o"])
+            assert "1000 classes in fc, not 3: it starts anew" in said
+            with raises("leave out one", SystemExit):
+                run("--pretrained", "--finetune", "w")
+        last = deit.read_checkpoint("o/best.pt")["model"]["stem.0.weight"]
+        assert (last - model.state_dict()["stem.0.weight"]).abs().max() < 0.1
     assert deit.released_url("regnet_y_400mf") == table.IMAGENET1K_V2.url
     assert deit.released_url("regnet_y_400mf", "IMAGENET1K_V1") == table.IMAGENET1K_V1.url
     assert deit.create_classifier("efficientnet_b1").config["img_size"] == 240
@@ -657,46 +652,28 @@ def test_torchvisions_published_weights_start_a_model_with_new_heads():
 
 
 def test_a_broken_download_is_never_used_and_urls_do_not_mix():
-    with temporary() as folder, temporary() as cache, serve(folder) as url:
-        old_hub = torch.hub.get_dir()
-        torch.hub.set_dir(cache)
-        try:
-            for i in (1, 2):
-                os.mkdir(os.path.join(folder, str(i)))
-                torch.save(
-                    {"w": torch.full((500,), float(i))}, os.path.join(folder, str(i), "best.pt"))
-            for i in (1, 2, 1):
-                assert deit.read_checkpoint(f"{url}{i}/best.pt")["model"]["w"][0] == i
-            with open(os.path.join(folder, "1", "best.pt"), "rb") as f:
-                whole = f.read()
-            half = os.path.join(folder, "half.pt")
-            for content in (whole[:900], whole):   # the server sends half of it, later all of it
-                with open(half, "wb") as f:
-                    f.write(content)
-                if content is whole:
-                    assert deit.read_checkpoint(url + "half.pt")["model"]["w"][0] == 1
-                else:
-                    with raises("no checkpoint that can be read"):
-                        deit.read_checkpoint(url + "half.pt")
-            with raises("could not be downloaded"):
-                deit.read_checkpoint("http://127.0.0.1:9/refused.pt")
-        finally:
-            torch.hub.set_dir(old_hub)
+    with working_folder(), web() as url:
+        for i in (1, 2):
+            os.mkdir(str(i))
+            torch.save({"w": torch.full((500,), float(i))}, f"{i}/best.pt")
+        for i in (1, 2, 1):
+            assert deit.read_checkpoint(f"{url}{i}/best.pt")["model"]["w"][0] == i
+        shutil.copy("1/best.pt", "half.pt")
+        os.truncate("half.pt", 900)
+        with raises("no checkpoint that can be read"):
+            deit.read_checkpoint(url + "half.pt")
+        shutil.copy("1/best.pt", "half.pt")                       # the server is mended
+        assert deit.read_checkpoint(url + "half.pt")["model"]["w"][0] == 1
+        with raises("could not be downloaded"):
+            deit.read_checkpoint("http://127.0.0.1:9/refused.pt")
 
 
 def test_mutated_checkpoints_load_the_same_values_or_are_refused_in_a_sentence():
-    rng, model = np.random.default_rng(0), deit.create_model(TI, **SMALL)
-    with temporary() as folder:
-        path = os.path.join(folder, "w.pt")
-        torch.save(
-            {
-                "model": model.state_dict(), "config": {"name": TI, **model.config},
-                "classes": list("abcdefg")},
-            path,
-        )
-        with open(path, "rb") as f:
-            whole = bytearray(f.read())
-        refused = 0
+    rng, model, refused = np.random.default_rng(0), small(), 0
+    with working_folder():
+        save_small("w.pt", model)
+        with open("w.pt", "rb") as f:
+            whole = f.read()
         for trial in range(1000):
             data = bytearray(whole)
             if trial % 3 == 0:
@@ -704,10 +681,10 @@ def test_mutated_checkpoints_load_the_same_values_or_are_refused_in_a_sentence()
             else:   # the directory at the end is hit as often as the tensors
                 low = len(data) - 6000 if trial % 3 == 1 else 0
                 data[rng.integers(low, len(data))] ^= 1 << rng.integers(8)
-            with open(path, "wb") as f:
+            with open("w.pt", "wb") as f:
                 f.write(data)
             try:
-                loaded = deit.load_model(path, say=lambda text: None).state_dict()
+                loaded = deit.load_model("w.pt", say=lambda text: None).state_dict()
                 assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items()), trial
             except deit.InputError as e:
                 refused += 1
@@ -716,7 +693,7 @@ def test_mutated_checkpoints_load_the_same_values_or_are_refused_in_a_sentence()
 
 
 def test_odd_state_dicts_and_configs_are_refused_in_a_sentence():
-    good = deit.create_model(TI, **SMALL).state_dict()
+    good = small().state_dict()
     config = {"name": TI, **SMALL, "distilled": True, "drop_path": 0.0}
     ones, none, other = torch.ones(32), "no state dict", "another architecture"
     unusable = "has an unusable 'config' or 'classes'"
@@ -751,32 +728,28 @@ class Bomb:
 
 
 def test_files_that_could_run_code_or_are_damaged_are_refused():
-    with temporary() as folder:
-        path = os.path.join(folder, "w.pth")
-        bomb = os.path.join(folder, "exploded")
-        torch.save({"model": Bomb(bomb)}, path)
-        with raises("no checkpoint that can be read safely"):
-            deit.read_checkpoint(path)
-        with raises("no checkpoint that can be read safely"):
-            deit.load_teacher(REGNET, path, 7)
-        with raises("no checkpoint that can be read safely", SystemExit):
-            run("--finetune", path, "--output", os.path.join(folder, "o"))
-        assert not os.path.exists(bomb)
-        torch.save({"model": {"w": torch.arange(1000.0)}}, path)
-        with open(path, "r+b") as f:
+    unsafe = "no checkpoint that can be read safely"
+    with working_folder():
+        torch.save({"model": Bomb("exploded")}, "w.pth")
+        for call, kind in ((lambda: deit.read_checkpoint("w.pth"), deit.InputError),
+                           (lambda: deit.load_teacher(REGNET, "w.pth", 7), deit.InputError),
+                           (lambda: run("--finetune", "w.pth", "--output", "o"), SystemExit)):
+            with raises(unsafe, kind):
+                call()
+        assert not os.path.exists("exploded")
+        torch.save({"model": {"w": torch.arange(1000.0)}}, "w.pth")
+        with open("w.pth", "rb") as f:
             whole = f.read()
-            f.seek(whole.index(np.arange(1000, dtype=np.float32).tobytes()) + 400)
-            f.write(b"\x55")
-        with raises("damaged"):
-            deit.read_checkpoint(path)
-        for content in (b"", b"no zip", whole[: len(whole) // 2]):
-            with open(path, "wb") as f:
+        at = whole.index(np.arange(1000, dtype=np.float32).tobytes()) + 400
+        torch.save([1, 2], "list.pth")
+        with open("list.pth", "rb") as f:
+            cases = {b"": unsafe, b"no zip": unsafe, whole[:len(whole) // 2]: unsafe,
+                     whole[:at] + b"\x55" + whole[at + 1:]: "damaged", f.read(): "no state dict"}
+        for content, phrase in cases.items():
+            with open("w.pth", "wb") as f:
                 f.write(content)
-            with raises("no checkpoint"):
-                deit.read_checkpoint(path)
-        torch.save([1, 2], path)
-        with raises("no state dict"):
-            deit.read_checkpoint(path)
+            with raises(phrase):
+                deit.read_checkpoint("w.pth")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -796,29 +769,23 @@ def test_teacher_is_torchvisions_model_frozen_for_good():
     import torchvision
     plain = trained_looking(torchvision.models.regnet_y_400mf())
     x = torch.randn(2, 3, 64, 64)
-    with temporary() as folder:
-        path = os.path.join(folder, "t.pth")
-        torch.save(plain.state_dict(), path)
-        teacher = deit.load_teacher("regnet_y_400mf", path)
+    with working_folder():
+        torch.save(plain.state_dict(), "t.pth")
+        teacher = deit.load_teacher("regnet_y_400mf", "t.pth")
     before = teacher(x)
     close(before, plain(x), 1e-4)
     assert not before.requires_grad
-    student = torch.nn.ModuleDict({"teacher": teacher})
-    student.train()
+    torch.nn.ModuleDict({"teacher": teacher}).train()
     assert not any(m.training for m in teacher.modules())
     close(teacher(x), before, 0)
-    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()) == 0   # all folded
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()), "all folded"
     with torch.autocast("cpu", torch.bfloat16):
-        half = teacher(x)
-        assert (
-            half.dtype == torch.bfloat16
-            and (half.float() - before).abs().max() < 0.05 * before.std() + 0.05)
-        expected = plain(x)
-    assert (half.float() - before).abs().mean() < 2 * (
-        expected.float() - before).abs().mean() + 1e-3
+        half, expected = teacher(x), plain(x)
+    assert half.dtype == torch.bfloat16
+    error, usual = (half.float() - before).abs(), (expected.float() - before).abs()
+    assert error.max() < 0.05 * before.std() + 0.05 and error.mean() < 2 * usual.mean() + 1e-3
     close(teacher(x), before, 0)                          # the float32 weights are still there
-    resnet = deit.load_teacher("resnet18", None, 10)(x)   # few neighbours to fold, still right
-    assert resnet.shape == (2, 10)
+    assert deit.load_teacher("resnet18", None, 10)(x).shape == (2, 10)
 
 
 def test_teachers_cast_copy_is_no_part_of_it_and_never_stale():
@@ -840,27 +807,17 @@ def test_teachers_cast_copy_is_no_part_of_it_and_never_stale():
 
 
 def test_teacher_is_refused_when_it_does_not_fit():
-    with raises("neither one of torchvision's classifiers"):
-        deit.load_teacher("regnet_z", None)
-    with raises("have 10: train a teacher on them"):
-        deit.load_teacher("regnet_y_400mf", "IMAGENET1K_V2", 10)
-    with raises("IMAGENET1K_V1, IMAGENET1K_V2"):
-        deit.load_teacher("regnet_y_400mf", "IMAGENET21K")
-    with raises("'typo.pth' is neither a file nor a URL"):
-        deit.load_teacher(TI, "typo.pth")
-    with temporary() as folder:
-        path = os.path.join(folder, "t.pth")
-        torch.save(deit.create_classifier(REGNET, 4).state_dict(), path)
-        with raises("has 4 classes in fc, not 7"):
-            deit.load_teacher(REGNET, path, 7)
-        with raises("another architecture"):
-            deit.load_teacher("regnet_y_400mf", path, 4)
-    with patched(deit, "torchvision_models", no_torchvision), raises("pip install torchvision"):
-        deit.load_teacher()
-
-
-def no_torchvision():
-    raise deit.InputError("torchvision is needed here: pip install torchvision.")
+    with working_folder():
+        torch.save(deit.create_classifier(REGNET, 4).state_dict(), "t.pth")
+        for phrase, *given in (
+                ("neither one of torchvision's classifiers", "regnet_z", None),
+                ("have 10: train a teacher on them", "regnet_y_400mf", "IMAGENET1K_V2", 10),
+                ("IMAGENET1K_V1, IMAGENET1K_V2", "regnet_y_400mf", "IMAGENET21K"),
+                ("'typo.pth' is neither a file nor a URL", TI, "typo.pth"),
+                ("has 4 classes in fc, not 7", REGNET, "t.pth", 7),
+                ("another architecture", "regnet_y_400mf", "t.pth", 4)):
+            with raises(phrase):
+                deit.load_teacher(*given)
 
 
 def test_missing_torchvision_is_said_in_one_sentence():
@@ -871,22 +828,19 @@ def test_missing_torchvision_is_said_in_one_sentence():
 
 
 def test_a_deit_can_teach():
-    with temporary() as folder:
-        path, model = os.path.join(folder, "t.pth"), deit.create_model(TI, **SMALL).eval()
-        torch.save({"model": model.state_dict(), "config": {"name": TI, **model.config},
-                    "classes": list("abcdefg")}, path)
-        teacher = deit.load_teacher(TI, path, 7)
-        x = torch.randn(2, 3, 32, 32)
+    model, x, base = small().eval(), torch.randn(2, 3, 32, 32), TI.replace("tiny", "base")
+    with working_folder():
+        save_small("t.pth", model)
+        teacher = deit.load_teacher(TI, "t.pth", 7)
         close(teacher(x), model(x), 1e-6)
         assert teacher.classes == list("abcdefg")
         with raises("has 7 classes in head, not 5"):
-            deit.load_teacher(TI, path, 5)
-        base = TI.replace("tiny", "base")
+            deit.load_teacher(TI, "t.pth", 5)
         with raises(f"holds a {TI}, not a {base}"):
-            deit.load_teacher(base, path, 7)
-        torch.save(deit.create_model(TI, num_classes=7).state_dict(), path)
+            deit.load_teacher(base, "t.pth", 7)
+        torch.save(deit.create_model(TI, num_classes=7).state_dict(), "t.pth")
         with raises(f"t.pth is of another architecture than {base}: "):
-            deit.load_teacher(base, path, 7)
+            deit.load_teacher(base, "t.pth", 7)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -915,14 +869,12 @@ def test_schedule_at_its_corners():
 def test_parameter_groups_are_the_released_ones():
     model = deit.create_model(TI)
     names = {id(p): n for n, p in model.named_parameters()}
-    decayed, exempt = (
+    decayed, rest = (
         {names[id(p)] for p in g["params"]} for g in train.parameter_groups(model, 0.05))
-    assert len(decayed) + len(exempt) == len(names)
-    assert {
-        "pos_embed", "cls_token", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= exempt
-    assert {
-        "dist_token", "head.weight", "patch_embed.proj.weight",
-        "blocks.11.mlp.fc2.weight"} <= decayed
+    assert len(decayed) + len(rest) == len(names)
+    assert {"pos_embed", "cls_token", "norm.weight", "head.bias", "blocks.0.attn.qkv.bias"} <= rest
+    assert {"dist_token", "head.weight", "patch_embed.proj.weight", "blocks.11.mlp.fc2.weight"} <= (
+        decayed)
     assert len(decayed) == 1 + 1 + 12 * 4 + 2                     # token, patches, blocks, heads
 
 
@@ -1030,35 +982,25 @@ def test_erasing_boxes_and_their_noise():
 
 
 def test_mixed_targets_say_what_is_in_the_pixels():
-    """Each image is filled with its own number, so that its share can be read off the pixels."""
-    B, S, K = 6, 32, 6
-    labels = torch.arange(B)
-    kinds, lams = set(), []
+    """Image i is 1 in channel i and 0 elsewhere, so its share is a channel's mean."""
+    pure, kinds, lams = torch.eye(3)[:, :, None, None].expand(3, 3, 32, 32), set(), []
     for i in range(300):
-        images = torch.zeros(B, 3, S, S) + F.one_hot(labels, B)[:, :3, None, None].float()
-        targets = train.smooth_targets(labels, K, 0.0)
-        before = images.clone()
-        mixed, mixed_targets = train.mixup_or_cutmix(images, targets, 0.8, 1.0, train.rng_for(i))
-        close(mixed_targets.sum(1), torch.ones(B))
-        close(mixed[:3].mean((2, 3)).diagonal(), mixed_targets[:3].diagonal())
-        own = mixed_targets[0, 0].item()
-        close(mixed_targets[0, B - 1].item(), 1 - own)            # the partner: read backwards
-        lams.append(own)
-        whole = torch.isclose(mixed[0, 0], before[0, 0]) | torch.isclose(mixed[0, 0], before[-1, 0])
-        kinds.add("cutmix" if whole.all() and 0.01 < own < 0.99 else "mixup")
+        mixed, targets = train.mixup_or_cutmix(
+            pure.clone(), torch.eye(3), 0.8, 1.0, train.rng_for(i))
+        close(mixed.mean((2, 3)), targets)
+        lams.append(targets[0, 0].item())
+        close(targets[0], torch.tensor([lams[-1], 0, 1 - lams[-1]]))   # partner: reverse order
+        kinds.add("cutmix" if ((mixed == 0) | (mixed == 1)).all() else "mixup")
     assert kinds == {"cutmix", "mixup"} and 0.3 < np.mean(lams) < 0.75
     for mixup, cutmix in ((0.8, 0), (0, 1.0)):                     # one of them alone
         for i in range(20):
-            x = torch.zeros(2, 3, 32, 32)
-            x[1] = 1
-            mixed, _ = train.mixup_or_cutmix(x, torch.eye(2), mixup, cutmix, train.rng_for(i))
-            values = len(mixed[0].unique())
-            assert values == 1 if mixup else set(mixed[0].unique().tolist()) <= {0, 1}
-    x, t = torch.rand(2, 3, 8, 8), torch.eye(2)
-    assert train.mixup_or_cutmix(x, t, 0, 0, None)[0] is x
-    close(
-        train.smooth_targets(torch.tensor([1]), 4, 0.1),
-        torch.tensor([[0.025, 0.925, 0.025, 0.025]]))
+            mixed, _ = train.mixup_or_cutmix(
+                pure.clone(), torch.eye(3), mixup, cutmix, train.rng_for(i))
+            values = mixed[0].unique()
+            assert len(mixed[0, 0].unique()) == 1 if mixup else set(values.tolist()) <= {0, 1}
+    assert train.mixup_or_cutmix(pure, torch.eye(3), 0, 0, None)[0] is pure
+    close(train.smooth_targets(torch.tensor([1]), 4, 0.1),
+          torch.tensor([[0.025, 0.925, 0.025, 0.025]]))
 
 
 def test_every_mode_of_image_becomes_rgb():
@@ -1148,156 +1090,150 @@ def test_an_image_is_decoded_once_for_its_views_and_views_are_spread():
     assert labels.tolist() != folder.labels[images].tolist()
 
 
-def test_folder_is_sorted_as_text_and_ignores_what_is_no_image():
-    with temporary() as folder:
-        draw_images(folder, 2, 1)
+def test_any_bytes_are_a_name_and_hidden_files_are_no_images():
+    with working_folder():
+        draw_images(".", 2, 1)
         for name in (".hidden.jpg", "notes.txt", "Thumbs.db"):
-            open(os.path.join(folder, "train", "1", name), "w").close()
-        os.mkdir(os.path.join(folder, "train", ".cache"))
-        images = train.ImageFolder(os.path.join(folder, "train"))
+            open(f"train/1/{name}", "w").close()
+        os.mkdir("train/.cache")
+        os.rename("train/2/0.JPEG", b"train/2/a\nb \xff.JPG")
+        images = train.ImageFolder("train")
         assert images.classes == ["1", "10", "2"] and len(images) == 6
-        assert images.path(3).endswith("train/10/1.JPEG")
-        odd = os.fsencode(os.path.join(folder, "train", "2", "a\nb ")) + b"\xff.JPG"
-        os.rename(os.path.join(os.fsencode(folder), b"train", b"2", b"0.JPEG"), odd)
-        images = train.ImageFolder(os.path.join(folder, "train"))
-        assert os.fsencode(images.path(5)) == odd and images.open(5).mode == "RGB"
+        assert images.path(3) == "train/10/1.JPEG"
+        assert os.fsencode(images.path(5)) == b"train/2/a\nb \xff.JPG"
+        assert images.open(5).mode == "RGB"
 
 
 def test_a_part_for_validation_is_chosen_by_name_and_stays_when_images_come():
-    with temporary() as folder:
-        draw_images(folder, 60, 1)
-        root = os.path.join(folder, "train")
+    def chosen(a, b):
+        images = train.ImageFolder("train", None, (a, b))
+        return {images.path(i) for i in range(len(images))}
 
-        def chosen(a, b):
-            images = train.ImageFolder(root, None, (a, b))
-            return {images.path(i) for i in range(len(images))}
-
+    with working_folder():
+        draw_images(".", 60, 1)
         val, rest = chosen(0, 0.3), chosen(0.3, 1)
         assert len(val | rest) == 180 and not val & rest and 30 <= len(val) <= 80
         for n in range(60, 80):
-            os.link(os.path.join(root, "2", "0.JPEG"), os.path.join(root, "2", f"{n}.JPEG"))
+            os.link("train/2/0.JPEG", f"train/2/{n}.JPEG")
         assert chosen(0, 0.3) >= val and chosen(0.3, 1) >= rest
-        argv = [*BASE_FLAGS, "--epochs", "2", "--val-fraction", "0.3", "--data"]
-        log, said = quiet(train.main, [*argv, root, "--output", os.path.join(folder, "o")])
+        argv = [*BASE_FLAGS, "--epochs", "2", "--output", "o", "--val-fraction", "0.3", "--data"]
+        log, said = quiet(train.main, [*argv, "train"])
         assert log[-1]["val_images"] == len(chosen(0, 0.3))
         assert f"{len(chosen(0.3, 1))} training" in said
+        argv += [".", "--output", "p"]
         with raises("leave it out, or give the folder", SystemExit):
-            quiet(train.main, [*argv, folder, "--output", os.path.join(folder, "p")])
+            quiet(train.main, argv)
         with raises("among those that --val-fraction", SystemExit):
-            quiet(train.main, [*argv, root, "--val-fraction", "1e-9"])
+            quiet(train.main, [*argv, "--data", "train", "--val-fraction", "1e-9"])
+
+
+def one_item(*images):
+    """The sampler's item of one view of each of these images."""
+    return 0, 0, 0, np.array(images), np.zeros(len(images), np.int64)
 
 
 def test_a_broken_training_image_is_replaced_and_a_broken_validation_image_is_wrong():
-    with temporary() as folder:
-        draw_images(folder, 4, 2)
+    with working_folder():
+        draw_images(".", 4, 2)
         for path in ("train/10/1.JPEG", "train/10/3.JPEG", "val/1/0.JPEG"):
-            with open(os.path.join(folder, path), "wb") as f:
+            with open(path, "wb") as f:
                 f.write(b"\xff\xd8 not an image")
-        images = train.ImageFolder(os.path.join(folder, "train"))
+        images = train.ImageFolder("train")
         dataset = train.TrainDataset(images, config())
-        views, labels, _, broken = dataset[(0, 0, 0, np.array([5]), np.array([0]))]
-        assert list(broken) == [5] and "cannot identify" in broken[5] and labels.tolist() == [1]
-        alone = train.train_transform(images.open(6), 16, 0, train.rng_for(0, 0, 5, 0))
-        assert np.array_equal(views[0].numpy(), np.asarray(alone))
-        views = dataset[(0, 0, 0, np.array([7]), np.array([0]))][0]   # the last of its class
-        alone = train.train_transform(images.open(4), 16, 0, train.rng_for(0, 0, 7, 0))
-        assert np.array_equal(views[0].numpy(), np.asarray(alone)), "the first of its class"
-        val = train.ImageFolder(os.path.join(folder, "val"), images.classes)
+        for i, replacement in ((5, 6), (7, 4)):   # the next of its class; after the last the first
+            views, labels, _, broken = dataset[one_item(i)]
+            assert list(broken) == [i] and "cannot identify" in broken[i]
+            assert labels.tolist() == [1]
+            key = train.rng_for(0, 0, i, 0)
+            expected = train.train_transform(images.open(replacement), 16, 0, key)
+            assert np.array_equal(views[0].numpy(), np.asarray(expected))
+        val = train.ImageFolder("val", images.classes)
         labels = train.EvalDataset(val)[16, np.arange(6), val.labels][1]
         assert labels.tolist() == [-1, 0, 1, 1, 2, 2]
 
 
 def test_mutated_images_never_stop_a_run():
-    rng, image = np.random.default_rng(0), noise_image(40, 30)
-    kinds = {kind: io.BytesIO() for kind in ("jpeg", "png", "gif", "tiff", "webp", "bmp")}
-    for kind, file in kinds.items():
-        image.save(file, kind)
-    headers = [file.getvalue()[:64] for file in kinds.values()]
-    with temporary() as folder:
+    rng, whole = np.random.default_rng(0), []
+    for kind in ("jpeg", "png", "gif", "tiff", "webp", "bmp"):
+        file = io.BytesIO()
+        noise_image(40, 30).save(file, kind)
+        whole.append(file.getvalue())
+    with working_folder():
+        os.mkdir("only")
         for i in range(1000):
-            data = bytearray(list(kinds.values())[i % 6].getvalue())
+            data = bytearray(whole[i % 6])
             if i % 3 == 0:
                 del data[rng.integers(len(data)):]
             elif i % 3 == 1:
                 for _ in range(8):
-                    data[
-                        rng.integers(min(len(data), 10 ** rng.integers(1, 5)))
-                    ] ^= 1 << rng.integers(8)
+                    end = min(len(data), 10 ** rng.integers(1, 5))
+                    data[rng.integers(end)] ^= 1 << rng.integers(8)
             else:
-                data[:64] = headers[rng.integers(6)]
-            os.makedirs(os.path.join(folder, "only"), exist_ok=True)
-            with open(os.path.join(folder, "only", f"{i:04d}.jpg"), "wb") as f:
+                data[:64] = whole[rng.integers(6)][:64]
+            with open(f"only/{i:04d}.jpg", "wb") as f:
                 f.write(data)
-        image.save(os.path.join(folder, "only", "whole.png"))
-        images = train.ImageFolder(folder)
-        dataset = train.TrainDataset(images, config())
-        *_, broken = dataset[(0, 0, 0, np.arange(1001), np.zeros(1001, np.int64))]
-        assert 300 < len(set(broken)) < 1000
-        assert (train.EvalDataset(images)[16, np.arange(1001), images.labels][1] < 0).sum() == len(
-            set(broken))
+        noise_image(40, 30).save("only/whole.png")
+        images = train.ImageFolder(".")
+        *_, broken = train.TrainDataset(images, config())[one_item(*range(1001))]
+        assert 300 < len(broken) < 1000
+        labels = train.EvalDataset(images)[16, np.arange(1001), images.labels][1]
+        assert (labels < 0).sum() == len(broken)
 
 
 def test_images_of_every_size_and_name_are_read():
-    with temporary() as folder:
-        os.makedirs(os.path.join(folder, "a b{}%s"))
+    folder = "a b{}%s"
+    with working_folder():
+        os.mkdir(folder)
         for i, size in enumerate(((1, 1), (30000, 50), (4000, 1), (1, 4000), (7, 5))):
-            Image.new("RGB", size).save(os.path.join(folder, "a b{}%s", f"{i}.png"))
-        os.symlink("loop.jpg", os.path.join(folder, "a b{}%s", "loop.jpg"))
-        open(os.path.join(folder, "a b{}%s", "empty.JPEG"), "w").close()
-        with open(
-            os.path.join(folder, "a b{}%s", "bomb.png"), "wb"
-        ) as f:  # 50,000 x 50,000, says its header
-            file = io.BytesIO()
-            Image.new("RGB", (1, 1)).save(file, "png")
-            data = bytearray(file.getvalue())
-            data[16:24] = (50000).to_bytes(4, "big") * 2
+            Image.new("RGB", size).save(f"{folder}/{i}.png")
+        os.symlink("loop.jpg", f"{folder}/loop.jpg")
+        open(f"{folder}/empty.JPEG", "w").close()
+        with open(f"{folder}/0.png", "rb") as f, open(f"{folder}/bomb.png", "wb") as bomb:
+            data = bytearray(f.read())
+            data[16:24] = (50000).to_bytes(4, "big") * 2          # 50,000 x 50,000, says its header
             data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-            f.write(data)
-        images = train.ImageFolder(folder)
+            bomb.write(data)
+        images = train.ImageFolder(".")
         assert len(images) == 8
         labels = train.EvalDataset(images)[32, np.arange(8), images.labels][1]
         assert labels.tolist() == [0] * 5 + [-1] * 3
         dataset = train.TrainDataset(images, config(img_size=32, randaugment=9, erasing=0.25))
-        *_, broken = dataset[(0, 0, 0, np.arange(8), np.zeros(8, np.int64))]
-        assert sorted(set(broken)) == [5, 6, 7]
+        *_, broken = dataset[one_item(*range(8))]
+        assert sorted(broken) == [5, 6, 7]
 
 
 def test_progressive_animated_and_rotated_images_are_read_as_the_recipe_does():
-    with temporary() as folder:
-        os.makedirs(folder + "/c")
-        picture = noise_image(20, 10)
-        picture.save(folder + "/c/0.jpg", progressive=True)
-        picture.save(folder + "/c/1.gif", save_all=True, append_images=[noise_image(20, 10, 1)] * 2)
-        exif = Image.Exif()
-        exif[0x0112] = 6   # "turn by 90 degrees", which the recipe ignores
-        picture.save(folder + "/c/2.jpg", exif=exif)
-        images = train.ImageFolder(folder)
-        assert [images.open(i).size for i in range(3)] == [(20, 10)] * 3
-        assert [images.open(i).mode for i in range(3)] == ["RGB"] * 3
+    picture, exif = noise_image(20, 10), Image.Exif()
+    exif[0x0112] = 6   # "turn by 90 degrees", which the recipe ignores
+    with working_folder():
+        os.mkdir("c")
+        picture.save("c/0.jpg", progressive=True)
+        picture.save("c/1.gif", save_all=True, append_images=[noise_image(20, 10, 1)] * 2)
+        picture.save("c/2.jpg", exif=exif)
+        images = train.ImageFolder(".")
+        read = [images.open(i) for i in range(3)]
+        assert [(image.size, image.mode) for image in read] == [((20, 10), "RGB")] * 3
 
 
 def test_a_validation_set_that_lacks_classes_is_counted_by_the_models_numbers():
-    with temporary() as folder:
-        draw_images(folder)
-        _, said = run("--epochs", "2", "--output", os.path.join(folder, "o"), data=folder)
-        best = os.path.join(folder, "o", "best.pt")
-        argv = ["--data", folder, "--eval", best, "--workers", "0", "--device", "cpu"]
-        whole, _ = quiet(train.main, argv)
-        right = []
+    with working_folder():
+        draw_images(".")
+        run("--epochs", "2", "--output", "o", data=".")
+        argv = ["--data", ".", "--eval", "o/best.pt", "--workers", "0", "--device", "cpu"]
+        whole, right = quiet(train.main, argv)[0]["both"], 0
+        os.rename("val", "all")
         for name in ("1", "10", "2"):   # one class alone after the other
-            aside = [n for n in ("1", "10", "2") if n != name]
-            for n in aside:
-                os.rename(os.path.join(folder, "val", n), os.path.join(folder, n))
-            right.append(quiet(train.main, argv)[0]["both"])
-            for n in aside:
-                os.rename(os.path.join(folder, n), os.path.join(folder, "val", n))
-        assert abs(sum(right) / 3 - whole["both"]) < 1e-6, (right, whole)
+            os.mkdir("val")
+            os.rename(f"all/{name}", f"val/{name}")
+            right += quiet(train.main, argv)[0]["both"]
+            shutil.rmtree("val")
+        assert abs(right / 3 - whole) < 1e-6, (right, whole)
 
 
 def test_evaluation_counts_each_image_once_for_1_2_3_processes():
     val = train.ImageFolder(os.path.join(shared_images(), "val"))   # 15 images
     torch.manual_seed(0)
-    models = {"model": deit.create_model(TI, **SMALL | {"num_classes": 3}),
+    models = {"model": small(num_classes=3),
               "net": deit.create_classifier(REGNET, 3)}
     every, whole = np.arange(len(val)), None
     for world_size in (1, 2, 3):
@@ -2481,23 +2417,20 @@ def test_the_same_teacher_from_another_path_goes_on_and_another_teacher_is_refus
 
 
 def test_a_url_without_a_hash_is_fetched_anew_at_each_start():
-    with working_folder() as folder, temporary() as cache, serve(folder) as url:
-        hub = torch.hub.get_dir()
-        torch.hub.set_dir(cache)
-        try:
-            for value in (1, 2):
-                torch.save({"w": torch.tensor(float(value))}, "best.pt")
-                with patched(deit, "STARTED", time.time() + 9):   # every start is later
-                    assert deit.read_checkpoint(url + "best.pt")["model"]["w"] == value
-            torch.save({"w": torch.tensor(3.0)}, "best.pt")
-            read = deit.read_checkpoint(url + "best.pt")          # by another process of this start
-            assert read["model"]["w"] == 2
-            os.remove("best.pt")
-            with patched(deit, "STARTED", time.time() + 9):
-                read, said = quiet(deit.read_checkpoint, url + "best.pt")
-            assert read["model"]["w"] == 2 and "the copy of an earlier start is used" in said
-        finally:
-            torch.hub.set_dir(hub)
+    def read(start):
+        with patched(deit, "STARTED", start):
+            return deit.read_checkpoint(url + "best.pt")["model"]["w"].item()
+
+    with working_folder(), web() as url:
+        later = time.time() + 9
+        for value in (1, 2):
+            torch.save({"w": torch.tensor(float(value))}, "best.pt")
+            assert read(later) == value
+        torch.save({"w": torch.tensor(3.0)}, "best.pt")
+        assert read(deit.STARTED) == 2                            # by another process of this start
+        os.remove("best.pt")
+        value, said = quiet(read, later)
+        assert value == 2 and "the copy of an earlier start is used" in said
 
 
 def test_a_checkpoints_tensors_stay_on_the_disk_until_they_are_used():
