@@ -594,15 +594,15 @@ def load_weights(model, source, *, new_heads=True, classes=None, say=print):
     source, state, own = checkpoint["source"], copy.copy(checkpoint["model"]), model.state_dict()
     if isinstance(model, DeiT) and "pos_embed" in state:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], model)
-    others = classes is not None and checkpoint.get("classes") not in (None, classes)
+    renamed = classes is not None and checkpoint.get("classes") not in (None, classes)
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     for head in [n for n in linears if n in ("head", "head_dist")] or linears[-1:]:
-        here = own[f"{head}.weight"]
-        there = state.get(f"{head}.weight", here[:0])             # a backbone has 0 classes
-        if there.ndim != 2 or len(there) == len(here) and not others:
+        K, weight = len(own[f"{head}.weight"]), state.get(f"{head}.weight", torch.empty(0, 0))
+        if weight.ndim != 2 or len(weight) == K and not renamed:
             continue
-        count = "other" if len(there) == len(here) else len(there)
-        differ = f"{count} classes in {head}, not {'these' if count == 'other' else len(here)}"
+        differ = f"{len(weight)} classes in {head}, not {K}"      # 0 in a backbone
+        if len(weight) == K:
+            differ = f"other classes in {head}, not these"
         if not new_heads:
             raise InputError(f"{source} has {differ}.")
         say(f"{source} has {differ}: it starts anew.")
