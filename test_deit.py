@@ -1377,7 +1377,8 @@ def touch(*paths):
 
 def configured(*flags, saved=None, processes=None):
     args = train.parse(["--data", shared_images(), "--batch-size", "12", *flags])
-    return train.make_config(args, processes or cpu(), *train.load_images(args), saved)
+    images, _ = quiet(train.load_images, args)
+    return train.make_config(args, processes or cpu(), *images, saved)
 
 
 def test_checkpoint_has_one_schema_and_serves_every_reader():
@@ -1387,10 +1388,9 @@ def test_checkpoint_has_one_schema_and_serves_every_reader():
         last, best = read("o/last.pt"), read("o/best.pt")
         keys = ("model ema optimizer scaler epoch step best log totals unreadable config classes "
                 "preprocessing flags").split()
-        assert set(last) == set(best) == set(keys)
+        assert set(last) == set(best) == set(keys) and best["optimizer"] is None
         assert last["step"] == 6 and last["classes"] == ["1", "10", "2"]
         assert last["best"] == max(r["both"] for r in log) and last["log"] == log
-        assert best["optimizer"] is None
         assert not any(k.startswith(("module.", "_orig_mod.", "teacher")) for k in last["model"])
         argv = ["--data", shared_images(), *"--eval o/best.pt --amp off --device cpu".split()]
         scores, _ = quiet(train.main, argv)
@@ -1555,16 +1555,12 @@ def test_bad_flags_get_one_sentence_before_anything_is_written():
         ("--img-size 30", "not a multiple of patch_size 8"),
         ("--num-heads 5", "num_heads 5"),
         ("--lr 1e-5 --min-lr 1e-5", "below --min-lr"),
-        ("--epochs -1", "--epochs is -1"),
-        ("--alpha 1.5", "--alpha is 1.5"),
         ("--warmup-epochs 9 --epochs 9", "--warmup-epochs is 9.0: it must be shorter"),
-        ("--lr nan", "--lr is nan"),
-        ("--tau 0", "--tau is 0"),
-        ("--drop-path 1", "--drop-path is 1"),
-        ("--erasing 2", "--erasing is 2"),
-        ("--workers -1", "--workers is -1"),
         ("--device quantum", "--device quantum cannot be used"),
     ]
+    for flag, value in (("--epochs", "-1"), ("--alpha", "1.5"), ("--lr", "nan"), ("--tau", "0"),
+                        ("--drop-path", "1"), ("--erasing", "2"), ("--workers", "-1")):
+        cases.append((f"{flag} {value}", f"{flag} is {value}"))
     if not torch.cuda.is_available():
         cases.append(("--device cuda", "PyTorch finds no CUDA"))
     with working_folder():
@@ -1800,8 +1796,7 @@ def test_a_remedy_may_be_new_when_a_run_goes_on_and_is_said():
 
 def test_the_same_teacher_from_another_path_goes_on_and_another_teacher_is_refused():
     with working_folder():
-        student = deit.create_model(TI, img_size=32, patch_size=8, embed_dim=32, depth=2,
-                                    num_heads=2, num_classes=3)
+        student = deit.create_model(TI, **SMALL | {"depth": 2, "num_classes": 3})
         torch.save(student.state_dict(), "w.pth")
         torch.save(constant_teacher(0), "t.pth")
         torch.save(constant_teacher(1), "u.pth")
@@ -1913,9 +1908,7 @@ def test_any_number_of_processes_gives_the_same_run_also_when_it_changes_on_the_
         assert "4 of 9 steps done" in out.stdout
         assert "3 processes x 4 micro-batch x 1 accum" in out.stdout
         assert out.stdout.count("epoch   3") == 1, "only the first process speaks"
-        for a, b in zip(whole, result("o")[-1], strict=True):
-            assert abs(a["train_loss"] - b["train_loss"]) < 1e-5
-            assert a["both"] == b["both"] and abs(a["agreement"] - b["agreement"]) < 1e-3
+        close(result("o")[-1], untimed(whole))
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_with_what_would_fit():
@@ -2199,9 +2192,7 @@ def test_three_processes_record_and_replay_the_answers_of_one():
             out = torchrun(3, *ANSWERED, "--teacher-answers", name, "--output", f"o-{name}")
             assert out.returncode == 0, out.stderr
             assert Path(name).read_bytes()[HEADER:] == file[HEADER:]
-        for a, b in zip(result("o-a")[-1], live[-1], strict=True):
-            assert abs(a["train_loss"] - b["train_loss"]) < 1e-5
-            assert abs(a["agreement"] - b["agreement"]) < 1e-3
+        close(result("o-a")[-1], live[-1])
 
 
 def test_answers_may_begin_in_the_middle_of_a_run_and_serve_another_student():
