@@ -1885,9 +1885,6 @@ def test_two_runs_cannot_share_an_output_and_a_killed_one_holds_no_lock():
 # Several processes
 # ------------------------------------------------------------------------------------------------
 
-STARTING = 20   # seconds that two processes may need to import torch on a busy machine
-
-
 def torchrun(processes, *flags, code=""):
     """train.py in that many processes, or code that comes after its import."""
     program = [f"{HERE}/train.py"]
@@ -1961,7 +1958,7 @@ train.main()"""
             out = torchrun(2, *FLAGS, "--workers", "2", code=code)   # waits for workers left behind
         assert out.returncode and phrase in out.stderr, out.stderr
         assert ('File "<string>", line' in out.stderr) == has_traceback, out.stderr
-        assert time.perf_counter() - start < 15 + STARTING
+        assert time.perf_counter() - start < 35, "20 s may pass until torch is imported"
 
 
 def test_benchmark_never_counts_views_that_were_ready():
@@ -2026,15 +2023,14 @@ def test_between_log_lines_the_loop_asks_nothing_back_from_the_device():
 
 def timms_name(key):
     """timm's name of a parameter of torchvision's RegNet, worked out the other way round."""
-    key = re.sub(r"^stem\.0\.", "stem.conv.", re.sub(r"^stem\.1\.", "stem.bn.", key))
-    block = re.match(r"trunk_output\.block(\d)\.block\d-(\d+)\.(.*)", key)
-    if block:
-        rest = re.sub(r"^f\.([abc])\.([01])\.", lambda m: "conv" + str(" abc".index(m[1])) + (
-            ".conv." if m[2] == "0" else ".bn."), block[3])
-        rest = re.sub(r"^proj\.([01])\.", lambda m: "downsample." + (
-            "conv." if m[1] == "0" else "bn."), rest)
-        key = f"s{block[1]}.b{int(block[2]) + 1}.{rest.removeprefix('f.')}"
-    return re.sub(r"^fc\.", "head.fc.", key)
+    for pattern, name in (
+            (r"^stem\.0\.", "stem.conv."), (r"^stem\.1\.", "stem.bn."), (r"^fc\.", "head.fc."),
+            (r"^trunk_output\.block(\d)\.block\d-(\d+)\.", lambda m: f"s{m[1]}.b{int(m[2]) + 1}."),
+            (r"\.f\.([abc])\.", lambda m: f".conv{'abc'.index(m[1]) + 1}."), (r"\.f\.se\.", ".se."),
+            (r"\.proj\.", ".downsample."), (r"\.(conv\d|downsample)\.0\.", r".\1.conv."),
+            (r"\.(conv\d|downsample)\.1\.", r".\1.bn.")):
+        key = re.sub(pattern, name, key)
+    return key
 
 
 def test_a_regnet_under_timms_names_loads_strictly_with_the_same_logits():
