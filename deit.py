@@ -9,7 +9,7 @@ teacher appears in the loss, never in the network.
 
 Letters:  B images    S image side     P patch side       G = S/P patches per side
           D width     N = T + G*G      T special tokens: 2 (class, distillation) or 1 (class)
-          K classes   h heads          d = D/h width of one head       n the first n of N tokens
+          K classes   h heads          d = D/h width of one head       n tokens with queries, of N
 
 From image to logits, in DeiT-Ti (S 224, P 16, D 192, h 3, K 1000):
   images                            (B, 3, S, S)   (B, 3, 224, 224)
@@ -47,7 +47,7 @@ from torch import nn
 IMAGENET_MEAN = (0.485, 0.456, 0.406)   # of RGB in 0..1, for the student and for the teacher
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CROP_RATIO = 0.875   # evaluation: the short side becomes S / 0.875, then the central S x S is cut
-STARTED = time.time()
+STARTED = time.time()   # what was downloaded since then is not downloaded again, see download
 
 
 class InputError(ValueError):
@@ -82,7 +82,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(embed_dim, embed_dim)
 
     def split_heads(self, x, n=None):
-        """x (B, N, D) -> queries (B, h, n, d) of the first n tokens, keys, values (B, h, N, d)."""
+        """x (B, N, D) -> queries (B, h, n, d) of the first n tokens; keys and values of all tokens
+        (B, h, N, d) each."""
         h, d = self.num_heads, x.shape[2] // self.num_heads
         qkv = self.qkv(x).unflatten(2, (3, h, d))                 # (B, N, 3, h, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                      # (B, h, N, d) each
@@ -134,7 +135,7 @@ class Block(nn.Module):
             return x + branch
         keep = 1 - self.drop_path
         mask = branch.new_empty(len(x), 1, 1).bernoulli_(keep)    # (B, 1, 1), 0 or 1
-        return torch.addcmul(x, branch, mask, value=1 / keep)     # 1 / keep: no bfloat16
+        return torch.addcmul(x, branch, mask, value=1 / keep)     # a number: never in bfloat16
 
     def forward(self, x, n=None):
         """x (B, N, D) -> (B, n, D): only the first n tokens go on (None: all N)."""
@@ -143,7 +144,8 @@ class Block(nn.Module):
 
 
 def init_linear(module):
-    """Truncated normal of deviation 0.02, zero bias. Other layers keep PyTorch's (official code)"""
+    """Linear layers: truncated normal, standard deviation 0.02, zero bias. Other layers keep
+    PyTorch's initial weights, as in the official code."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -180,8 +182,8 @@ class DeiT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
         self.head_dist = nn.Linear(embed_dim, num_classes) if distilled else None
-        for name, p in self.named_parameters():
-            if name.endswith(("_token", "pos_embed")):
+        for p in (self.cls_token, self.dist_token, self.pos_embed):
+            if p is not None:
                 nn.init.trunc_normal_(p, std=0.02)
         self.apply(init_linear)
 
@@ -197,7 +199,7 @@ class DeiT(nn.Module):
 
     def features(self, images, n=None):
         """images (B, 3, S, S) -> the first n tokens (None: all N) after the last norm (B, n, D).
-        The last block computes only keys and values of the others: a step takes 7 % less."""
+        The last block has no queries of the other tokens: a training step takes 7 % less time."""
         x = self.embed(images)                                    # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x)                                          # (B, N, D)
@@ -237,29 +239,39 @@ class DeiT(nn.Module):
 # The losses (paper, section 4): pure functions of logits, in float32 or better, also under autocast
 #   soft  (1 - alpha) CE(cls, y) + alpha tau^2 KL(softmax(teacher/tau) || softmax(dist/tau))  eq. 2
 #   hard  (1 - alpha) CE(cls, y) + alpha CE(dist, argmax teacher)                             eq. 3
-# cls and dist are the two heads' logits, y the true label, alpha is the paper's lambda.
+# cls and dist are the two heads' logits, y the true label (in train.py smoothed and mixed), alpha
+# is the paper's lambda.
 # ------------------------------------------------------------------------------------------------
 
-def check_logits(*logits):
-    """The logits, in float32 at least. Raises InputError unless their shapes are equal."""
+ALPHA = {"hard": 0.5, "soft": 0.1}   # section 6
+
+
+def wide(x):
+    """x in float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_shapes(*logits):
+    """Raises InputError unless the logits' shapes are equal."""
     if len({x.shape for x in logits}) > 1:
         raise InputError(f"shapes of logits do not match: {[tuple(x.shape) for x in logits]}.")
-    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
 
 
 def hard_distillation_loss(dist_logits, teacher):
     """Cross-entropy against the teacher's prediction: a scalar. dist_logits (B, K); teacher: its
     logits (B, K), or its predicted classes (B,)."""
     if teacher.ndim == 2:
-        teacher = check_logits(dist_logits, teacher)[1].argmax(dim=1)          # (B,)
-    return F.cross_entropy(*check_logits(dist_logits), teacher)
+        check_shapes(dist_logits, teacher)
+        teacher = teacher.argmax(dim=1)                           # (B,)
+    return F.cross_entropy(wide(dist_logits), teacher)
 
 
 def soft_distillation_loss(dist_logits, teacher_logits, tau):
     """tau^2 KL(teacher || student) at temperature tau: (B, K), (B, K) -> scalar. Sums over classes,
-    averages over the batch; the released code divides by K too. tau^2 keeps gradients' size."""
-    dist_logits, teacher_logits = check_logits(dist_logits, teacher_logits)
-    student, teacher = (F.log_softmax(x / tau, dim=1) for x in (dist_logits, teacher_logits))
+    averages over the batch; the released code divides by K too. tau^2 keeps the gradients as large
+    as at tau 1."""
+    check_shapes(dist_logits, teacher_logits)
+    student, teacher = (F.log_softmax(wide(x) / tau, dim=1) for x in (dist_logits, teacher_logits))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * tau**2
 
 
@@ -268,22 +280,23 @@ def distillation_loss(cls_logits, dist_logits, targets, teacher_logits, mode="ha
     """(1 - alpha) cross-entropy of the class head + alpha distillation of the other: a scalar.
 
     Logits (B, K); targets: class indices (B,) or probabilities (B, K). mode: "hard" (teacher_logits
-    may be predicted classes (B,)), "soft", or "none" (cross-entropy alone). alpha None: 0.5 for
-    hard, 0.1 for soft (section 6). A student without distillation token passes its class logits
-    twice. Raises InputError for another mode or unequal shapes."""
-    if mode not in ("hard", "soft", "none"):
+    may be predicted classes (B,)), "soft", or "none" (cross-entropy alone). alpha None: see ALPHA.
+    A student without distillation token passes its class logits twice. Raises InputError for
+    another mode or unequal shapes."""
+    if mode not in (*ALPHA, "none"):
         raise InputError(f"distillation mode '{mode}' is none of hard, soft, none.")
-    cls_logits, dist_logits = check_logits(cls_logits, dist_logits)
+    check_shapes(cls_logits, dist_logits)
+    cls_logits = wide(cls_logits)
     if targets.is_floating_point():
         targets = targets.to(cls_logits.dtype)
     base = F.cross_entropy(cls_logits, targets)
     if mode == "none":
         return base
     if mode == "hard":
-        default, distillation = 0.5, hard_distillation_loss(dist_logits, teacher_logits)
+        distillation = hard_distillation_loss(dist_logits, teacher_logits)
     else:
-        default, distillation = 0.1, soft_distillation_loss(dist_logits, teacher_logits, tau)
-    alpha = default if alpha is None else alpha
+        distillation = soft_distillation_loss(dist_logits, teacher_logits, tau)
+    alpha = ALPHA[mode] if alpha is None else alpha
     return (1 - alpha) * base + alpha * distillation
 
 
@@ -294,9 +307,9 @@ def distillation_loss(cls_logits, dist_logits, targets, teacher_logits, mode="ha
 class Teacher(nn.Module):
     """A frozen classifier: images (B, 3, S, S) -> logits (B, K), always in evaluation mode.
 
-    Under autocast it runs a copy cast to autocast's type, or each call would cast the weights. The
-    copy is in no state_dict() or deepcopy, and is dropped when weights change. A Classifier (the
-    user's own module) runs as it is."""
+    Under autocast it runs a copy whose convolutions and linear layers are in autocast's type, so
+    that they are cast once, not at each call. The copy is in no state_dict() or deepcopy; .to() and
+    load_state_dict() drop it. A user's own module (in a Classifier) runs as it is."""
 
     def __init__(self, model, classes=None, sha256=None):
         super().__init__()
@@ -307,7 +320,7 @@ class Teacher(nn.Module):
         self.train()
         model.register_load_state_dict_post_hook(self.drop_cast)
 
-    def train(self, mode=True):  # or its batch norms would drift
+    def train(self, mode=True):  # otherwise its batch norms would drift
         return super().train(False)
 
     def drop_cast(self, *args):
@@ -335,7 +348,7 @@ class Teacher(nn.Module):
             model, images = self.cast[dtype], images.to(dtype)    # a convolution comes first
         return model(images.contiguous(memory_format=torch.channels_last))
 
-    def heads(self, images):     # as a DeiT's
+    def heads(self, images):     # its one head, given twice: a DeiT has two
         return (self(images),) * 2
 
 
@@ -352,15 +365,15 @@ def fuse(model, size):
     return model
 
 
-def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000, *,
-                 img_size=None):
+def load_teacher(name="regnet_y_16gf", weights="DEFAULT", num_classes=1000, *, img_size=None):
     """A frozen Teacher by name: torchvision's, a DeiT's, or "module:function".
 
-    weights: torchvision's name for them, a file or URL (timm's RegNets too: the paper's teacher),
-    or None: random ones. If not given, a function's own. img_size: side S of the images, which a
-    DeiT must know. Raises InputError: unknown names, another architecture or class count."""
+    weights: torchvision's name for them (DEFAULT: the best; a function's own), a file or URL (of
+    timm's RegNets too, as the paper's teacher), or None: random ones. img_size: side S of the
+    images, which a DeiT must know. Raises InputError: unknown names, another architecture or class
+    count."""
     size = {} if img_size is None else {"img_size": img_size}
-    if weights is None or ":" in name and weights == "IMAGENET1K_V2":
+    if weights is None or (":" in name and weights == "DEFAULT"):
         model = create_classifier(name, num_classes, **size)
     else:
         source = weights if is_file_or_url(weights) else released_url(name, weights)
@@ -371,7 +384,7 @@ def load_teacher(name="regnet_y_16gf", weights="IMAGENET1K_V2", num_classes=1000
     sha256, classes = hashlib.sha256(), model.classes
     for key, value in model.state_dict().items():
         sha256.update(key.encode() + value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    if name not in VARIANTS and ":" not in name:
+    if name not in VARIANTS and ":" not in name:   # torchvision's, out of its Classifier
         model = fuse(model.module, model.config["img_size"])
     return Teacher(model, classes, sha256.hexdigest())
 
@@ -429,7 +442,7 @@ class Classifier(nn.Module):
         output = self.module(images)
         return getattr(output, "logits", output)                  # transformers' models have it
 
-    def heads(self, images):     # as a DeiT's
+    def heads(self, images):     # its one head, given twice: a DeiT has two
         return (self(images),) * 2
 
     def state_dict(self, *args, **kwargs):
@@ -446,7 +459,7 @@ def create_classifier(name=None, num_classes=1000, **overrides):
         return DeiT(num_classes=num_classes, **overrides)
     if name in VARIANTS:
         return create_model(name, num_classes=num_classes, **overrides)
-    size = overrides.pop("img_size", None)   # a convnet takes any, its users ask for one
+    size = overrides.pop("img_size", None)   # a convnet takes any; load_model's callers ask for it
     if ":" in name:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
@@ -484,7 +497,7 @@ def is_file_or_url(source):
 def released_url(name, weights="DEFAULT"):
     """URL of a DeiT's released weights, or of a torchvision classifier's under torchvision's name
     for them (DEFAULT: the best). Raises InputError."""
-    if name in VARIANTS and weights in ("DEFAULT", "IMAGENET1K_V2"):   # load_teacher's default
+    if name in VARIANTS and weights == "DEFAULT":
         return f"{RELEASES}{name}-{VARIANTS[name][-1]}.pth"
     models = torchvision_models()
     known = name in models.list_models(module=models)
@@ -496,12 +509,12 @@ def released_url(name, weights="DEFAULT"):
 
 
 def download(url):
-    """Path of the URL's file in torch.hub's cache. Downloads it once and checks it if its name ends
-    in the start of its SHA-256 (-1234abcd.pth), else at each start of a program, where the cached
-    copy is used if that fails. Raises InputError."""
+    """Path of the URL's file in torch.hub's cache. A file whose name ends in the start of its
+    SHA-256 (-1234abcd.pth) is downloaded once and checked. Any other is downloaded again by each
+    program; if that fails, the cached copy is used. Raises InputError."""
     name = os.path.basename(url)
     sha256 = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    if not sha256:   # best.pt of many places
+    if not sha256:   # names such as best.pt are not unique
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
     there = os.path.exists(path)
@@ -607,7 +620,7 @@ def load_weights(model, source, *, new_heads=True, classes=None, say=print):
             raise InputError(f"{source} has {differ}.")
         say(f"{source} has {differ}: it starts anew.")
         init_linear(model.get_submodule(head))
-        state.update({key: own[key] for key in own if key.rpartition(".")[0] == head})
+        state.update({key: own[key] for key in own if key.startswith(f"{head}.")})
     lacks, extra = ({f"{key} {tuple(x.shape)}{'' if x.is_floating_point() else ' of integers'}"
                      for key, x in entries.items()} for entries in (own, state))
     lacks, extra = sorted(lacks - extra), sorted(extra - lacks)
@@ -624,9 +637,10 @@ def config_from_shapes(state):
     kernel, distilled = state["patch_embed.proj.weight"].shape, "dist_token" in state
     D, P = kernel[0], kernel[2]                                   # kernel: (D, 3, P, P)
     G = math.isqrt(max(0, state["pos_embed"].shape[1] - 1 - distilled))
+    K = len(state["head.weight"]) if "head.weight" in state else 1000          # of a backbone
     return dict(img_size=G * P, patch_size=P, embed_dim=D, num_heads=max(1, D // 64),
                 depth=sum(key.endswith(".norm1.weight") for key in state), distilled=distilled,
-                num_classes=len(state.get("head.weight", range(1000))))        # else a backbone
+                num_classes=K)
 
 
 def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
@@ -646,13 +660,13 @@ def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
             if config["embed_dim"] not in (192, 384, 768) and "num_heads" not in overrides:
                 say(f"{source} does not tell num_heads: {config['num_heads']} is guessed from the "
                     "width; give another by --num-heads (in Python: num_heads=).")
-        name = config.get("name")
-        if name and ":" in name and not model:   # only what the user typed is ever imported
+        name = config.get("name") or ""
+        if ":" in name and not model:   # only what the user typed is ever imported
             raise InputError(f"{source} names a model by module ({name}): give --model "
                              "module:function (in Python: model=).")
         if model not in (None, name) and not (":" in name and ":" in model):
-            raise InputError(f"{source} holds a {name}, not a {model}.")
-        created = create_classifier(**config | {"name": model or name} | overrides)
+            raise InputError(f"{source} holds a {name or 'nameless DeiT'}, not a {model}.")
+        created = create_classifier(**config | {"name": model or name or None} | overrides)
         count = config.get("num_classes", len(classes or ()))
         if classes and [type(c) for c in classes] != [str] * count:
             raise TypeError("classes")
@@ -669,16 +683,17 @@ def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
 # ------------------------------------------------------------------------------------------------
 
 def to_rgb(image):
-    """A Pillow image as RGB, without transparency or EXIF rotation, as in the recipe; of 16 bits
-    the upper 8 (Pillow's conversion clips to white). Raises ValueError for 32 bits and floats."""
+    """A Pillow image as RGB. Drops transparency, ignores EXIF rotation, as in the recipe; takes the
+    upper 8 of 16 bits (Pillow's conversion clips to white). Raises ValueError for 32 bits, floats.
+    """
     if image.mode in ("I", "F"):
         raise ValueError(f"its values (mode {image.mode}) may have any range: convert it to 8 bits")
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    image.load()
-    return image if image.mode == "RGB" else image.convert("RGB")   # which would copy it
+    image.load()   # the pixels, before the file is closed
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def center_view(image, size):
@@ -687,7 +702,7 @@ def center_view(image, size):
     from PIL import Image
     image, short = to_rgb(image), int(size / CROP_RATIO)
     W, H = image.size
-    if max(W, H) > 8 * min(W, H):   # very elongated: the middle 8:1, or it would take gigabytes
+    if max(W, H) > 8 * min(W, H):   # very elongated: only the middle 8:1, to save gigabytes
         w, h = min(W, 8 * H), min(H, 8 * W)
         image = image.crop(((W - w) // 2, (H - h) // 2, (W + w) // 2, (H + h) // 2))
     w, h = (max(short, int(short * side / min(image.size))) for side in image.size)
@@ -760,12 +775,12 @@ def main(argv=None):
     parser.add_argument("--weights", default="deit_tiny_distilled_patch16_224",
                         help="checkpoint of train.py, official or timm file, URL or published name")
     parser.add_argument("--model", default=argparse.SUPPRESS,
-                        help="module:function, of a file that names one")
+                        help="module:function, if the file names one")
     parser.add_argument("--num-heads", type=int, default=argparse.SUPPRESS,
-                        help="of a file that does not tell it")
+                        help="attention heads, if the file does not tell")
     parser.add_argument("--attention", metavar="OUT.png", help="draw what the tokens look at")
     args = parser.parse_args(argv)
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # any name, any console
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # if a letter is missing
     try:
         if args.photo:
             return classify(**vars(args))

@@ -1465,7 +1465,7 @@ def test_bad_flags_get_one_sentence_before_anything_is_written():
         ("--model deit_tiny_patch16_224", "add it, or drop both"),
         ("--distillation none", "take --model deit_tiny_patch16_224"),
         ("--teacher regnet_z", "neither one of torchvision's classifiers"),
-        ("--teacher vit_b_32", "vit_b_32 takes no images of 32 px"),
+        ("--teacher vit_b_32", "vit_b_32 does not turn images of 32 px into 3 logits"),
         ("--teacher-weights IMAGENET1K_V9", "neither a file nor a URL"),
         ("--teacher regnet_y_400mf --teacher-weights IMAGENET1K_V2", "have 3: train a teacher"),
         ("--finetune /no/such.pt", "neither a file nor a URL nor a published name"),
@@ -1621,7 +1621,7 @@ def test_a_signal_cuts_validation_short_and_it_is_repeated():
 def test_a_signal_cuts_nothing_else_short():
     """Not the teacher's trial, which would seem bad, nor --eval, whose score would be of a part."""
     def signal_in_trial(n, models, *args):
-        if "it" in models:
+        if "teacher" in models:
             signal.raise_signal(signal.SIGTERM)
 
     flags, handlers = ["--epochs", "2", "--teacher-weights", "t.pth"], []
@@ -2024,10 +2024,10 @@ def test_any_module_can_teach_and_nothing_is_written_onto_it():
         inner = teacher.model.module
         assert inner.config == "mine" and not hasattr(inner, "classes")
         assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()) == 1
-        flags = ["--epochs", "2", "--teacher-weights", "IMAGENET1K_V2", "--teacher"]
+        flags = ["--epochs", "2", "--teacher-weights", "DEFAULT", "--teacher"]
         log, _ = run(*flags, "mine:net")
         assert "agreement" in log[-1]
-        for phrase, name in (("the answer's shape is (1, 4), not (1, 3)", "mine:wrong"),
+        for phrase, name in (("into 3 logits each (it gives (1, 4))", "mine:wrong"),
                              ("returned a NoneType", "mine:nothing"),
                              ("cannot be imported", "mine:missing"),
                              ("cannot be imported", "no_such:net")):
@@ -2069,8 +2069,7 @@ def test_only_a_name_that_the_user_typed_is_imported():
 
 
 HEADER = train.Answers.HEADER
-ANSWERED = [*FLAGS, "--micro-batch", "4", "--teacher", "mine:net", "--teacher-weights",
-            "IMAGENET1K_V2"]
+ANSWERED = [*FLAGS, "--micro-batch", "4", "--teacher", "mine:net", "--teacher-weights", "DEFAULT"]
 
 
 def answers(path):
@@ -2141,6 +2140,9 @@ def test_answers_of_other_views_or_of_another_teacher_are_refused():
                                ("another teacher's weights", "one missing")):
             with raises(phrase, SystemExit):
                 run(*ANSWERED, "--teacher-answers", *flags)
+        stopped(4, *ANSWERED[len(FLAGS):])   # by the live teacher of seed 5
+        with raises("other weights than at the start of this run", SystemExit):
+            run(*ANSWERED, "--teacher-answers", "a", "--resume")
 
 
 # ------------------------------------------------------------------------------------------------

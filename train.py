@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Trains DeiT (deit.py) with the paper's recipe, on one CPU, one GPU or many machines.
 
-  python train.py                                           the demo: some minutes, nothing needed
+  python train.py                                           the demo: some minutes, no data needed
   python train.py --data DIR --model regnet_y_400mf         a teacher for your own classes
   python train.py --data DIR --teacher regnet_y_400mf --teacher-weights runs/regnet_y_400mf/best.pt
   torchrun --nproc_per_node=8 train.py --data /imagenet     DeiT-S from regnet_y_16gf, the recipe
@@ -9,13 +9,16 @@
   python train.py --data DIR --eval runs/NAME/best.pt       validation accuracy by each head
   python train.py --data DIR --benchmark                    what limits a run, and its hours
 
-DIR holds train/<class>/<image> and val/<class>/<image>. The file goes from small to large:
-schedule, augmentation, data, processes, training step, evaluation, saving, run, flags, demo.
+DIR holds train/<class>/<image> and val/<class>/<image>. The file goes from small to large. The
+method: schedule, augmentation, data, processes, training step, evaluation. Then what a long run
+needs: saving, configuration, the loop, --eval, --benchmark, flags, the demo.
 
-Random draws are keyed, not stored: each comes from a generator made from (seed, epoch, image, view)
-in a loader worker, or from (seed, step, k) on the device, where k is the micro-batch's place in the
-batch. So, for a given --micro-batch, neither the number of processes or workers nor an interruption
-changes a DeiT's run. (A convnet's batch statistics depend on the number of processes.)
+Random draws are keyed, not stored: the order of an epoch by (seed, epoch), a view by (seed, epoch,
+image, view), the draws on the device by (seed, step, k), where k is the micro-batch's number in the
+batch. So, for a given --micro-batch, neither processes, workers nor an interruption change a DeiT's
+run by more than rounding. (A convnet's batch statistics depend on the number of processes.)
+
+Letters as in deit.py, and m: views of a micro-batch.
 """
 import argparse
 import contextlib
@@ -60,8 +63,8 @@ def lr_at(step, peak_lr, min_lr, warmup_steps, total_steps, start=1e-6):
 
 
 def parameter_groups(model, weight_decay):
-    """AdamW's two groups. As released: no decay of biases, norms, pos_embed and cls_token, but of
-    dist_token (the list of exemptions of the time did not name it)."""
+    """AdamW's two groups. As released: biases, norms, pos_embed and cls_token do not decay, but
+    dist_token does (the list of exemptions of the time did not name it)."""
     named = list(model.named_parameters())
     no_decay = {n for n, p in named if p.ndim <= 1} | {"pos_embed", "cls_token"}
     return [{"params": [p for n, p in named if n not in no_decay], "weight_decay": weight_decay},
@@ -102,6 +105,10 @@ def crop_box(width, height, rng):
     return left, top, left + w, top + h
 
 
+# Flags that change a view's pixels. A new augmentation: its function here, its flag in parse() and
+# check(), its name in this list, or an old file of --teacher-answers would be accepted for it.
+VIEW_FLAGS = ("seed", "img_size", "batch_size", "micro_batch", "repeats", "randaugment", "mixup",
+              "cutmix", "erasing")
 FILL = (124, 116, 104)   # ImageNet's mean colour, for what moves in from outside
 BICUBIC, AFFINE = Image.Resampling.BICUBIC, Image.Transform.AFFINE
 
@@ -114,10 +121,6 @@ def solarize_add(image, add):
     return image.point([min(255, v + add) if v < 128 else v for v in range(256)] * 3)
 
 
-def factor(t, sign):
-    return max(0.1, 1 + 0.9 * t * sign)
-
-
 RANDAUGMENT = {   # the 15 operations, at strength t in 0..1 and a random sign s
     "AutoContrast": lambda im, t, s: ImageOps.autocontrast(im),
     "Equalize": lambda im, t, s: ImageOps.equalize(im),
@@ -127,10 +130,10 @@ RANDAUGMENT = {   # the 15 operations, at strength t in 0..1 and a random sign s
     "Posterize": lambda im, t, s: ImageOps.posterize(im, max(1, 4 - int(4 * t))),
     "Solarize": lambda im, t, s: ImageOps.solarize(im, 256 - int(256 * t)),
     "SolarizeAdd": lambda im, t, s: solarize_add(im, int(110 * t)),
-    "Color": lambda im, t, s: ImageEnhance.Color(im).enhance(factor(t, s)),
-    "Contrast": lambda im, t, s: ImageEnhance.Contrast(im).enhance(factor(t, s)),
-    "Brightness": lambda im, t, s: ImageEnhance.Brightness(im).enhance(factor(t, s)),
-    "Sharpness": lambda im, t, s: ImageEnhance.Sharpness(im).enhance(factor(t, s)),
+    "Color": lambda im, t, s: ImageEnhance.Color(im).enhance(1 + 0.9 * t * s),
+    "Contrast": lambda im, t, s: ImageEnhance.Contrast(im).enhance(1 + 0.9 * t * s),
+    "Brightness": lambda im, t, s: ImageEnhance.Brightness(im).enhance(1 + 0.9 * t * s),
+    "Sharpness": lambda im, t, s: ImageEnhance.Sharpness(im).enhance(1 + 0.9 * t * s),
     "ShearX": lambda im, t, s: affine(im, (1, 0.3 * t * s, 0, 0, 1, 0)),
     "ShearY": lambda im, t, s: affine(im, (1, 0, 0, 0.3 * t * s, 1, 0)),
     "TranslateX": lambda im, t, s: affine(im, (1, 0, 0.45 * t * s * im.width, 0, 1, 0)),
@@ -267,8 +270,8 @@ class ImageFolder:
 
     Names are held in one array: a Python list of a million would be copied into every worker by its
     reference counts. classes: the list that numbers the classes (None: this folder's own). part:
-    only images whose path below root, hashed to 0..1, lies in this range. left_out: paths that are
-    no images. Raises InputError.
+    takes only images whose path below root has its hash, a number in 0..1, in this range. Paths of
+    what is no image are kept in left_out. Raises InputError.
     """
 
     def __init__(self, root, classes=None, part=(0, 1)):
@@ -292,7 +295,7 @@ class ImageFolder:
             raise InputError(f"{root} holds no images {chosen}({' '.join(SUFFIXES)}).")
         counts = list(map(len, images))
         self.numbers = np.arange(len(images), dtype=np.int32).repeat(counts)   # folder of each
-        self.starts = np.cumsum([0] + [len(name) for name in names])
+        self.starts = np.cumsum([0] + [len(name) for name in names])   # first byte, and the end
         self.names = np.frombuffer(b"".join(names), np.uint8)
         self.renumber(classes or self.folders)
 
@@ -343,8 +346,13 @@ class ImageFolder:
         try:
             self.open(i)
             return ""
-        except Exception as e:   # OSError, SyntaxError, ValueError and many more
-            return f"{type(e).__name__}: {e}".splitlines()[0]
+        except Exception as e:
+            return reason(e)
+
+
+def reason(error):
+    """What Pillow said, in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class TrainSampler:
@@ -356,28 +364,28 @@ class TrainSampler:
     images, three views each, in the same batch where it fits).
     """
 
-    def __init__(self, images, cfg, processes, start=0):
-        self.images, self.batch, self.micro = images, cfg.batch_size, cfg.micro_batch
+    def __init__(self, num_images, cfg, processes, start=0):
+        self.num_images, self.batch, self.micro = num_images, cfg.batch_size, cfg.micro_batch
         self.repeats, self.seed, self.start = cfg.repeats, cfg.seed, start
         self.ks = range(processes.rank, self.batch // self.micro, processes.world_size)
 
     def __iter__(self):
-        epoch_steps = max(1, self.images // self.batch)   # 1: a benchmark on less than a batch
+        epoch_steps = max(1, self.num_images // self.batch)   # 1: a benchmark on less than a batch
         order, order_epoch = None, None
         for step in itertools.count(self.start):
             epoch = step // epoch_steps
             if epoch != order_epoch:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.images)
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
                 order_epoch = epoch
             for k in self.ks:
                 v = step % epoch_steps * self.batch + k * self.micro + np.arange(self.micro)
-                images = order[v // self.repeats % self.images]
-                yield epoch, step, k, images, v % self.repeats
+                indices = order[v // self.repeats % self.num_images]
+                yield epoch, step, k, indices, v % self.repeats
 
 
 class TrainDataset:
-    """Item (epoch, step, k, images (m,), views (m,)) of the sampler -> a micro-batch: uint8 views
-    (m, S, S, 3), labels (m,), erasing boxes (m, 4), and {image: reason} of unreadable ones.
+    """Item (epoch, step, k, indices of images (m,), numbers of views (m,)) of the sampler -> uint8
+    views (m, S, S, 3), labels (m,), erasing boxes (m, 4), {index: reason} of unreadable images.
 
     Views of one image that follow each other come from one decoding. They are spread over the
     micro-batch by key, so that they are mixed with other images. The next image of the class stands
@@ -395,44 +403,44 @@ class TrainDataset:
         for j in itertools.chain(range(i, stop), range(start, i)):
             try:
                 return folder.open(j)
-            except Exception:
-                unreadable[j] = folder.why_unreadable(j)
+            except Exception as e:   # OSError, SyntaxError, ValueError and many more
+                unreadable[j] = reason(e)
         raise InputError(f"no image of class {folder.folders[number]} in {folder.root} can be "
                          "read.")
 
     def __getitem__(self, item):
-        epoch, step, k, images, numbers = item
-        m, S = len(images), self.size
+        epoch, step, k, indices, numbers = item
+        m, S = len(indices), self.size
         views, boxes = np.empty((m, S, S, 3), np.uint8), np.zeros((m, 4), np.int64)
         places = rng_for(self.seed, "places", step, k).sample(range(m), m)
         unreadable, last = {}, None
-        for place, i, number in zip(places, images.tolist(), numbers.tolist()):
+        for place, i, number in zip(places, indices.tolist(), numbers.tolist()):
             if i != last:
                 image, last = self.decode(i, unreadable), i
             rng = rng_for(self.seed, epoch, i, number)
             views[place] = train_transform(image, S, self.magnitude, rng)
             boxes[place] = erasing_box(S, self.erasing, rng)
         labels = np.empty(m, np.int64)
-        labels[places] = self.folder.labels[images]
+        labels[places] = self.folder.labels[indices]
         return *map(torch.from_numpy, (views, labels, boxes)), unreadable
 
 
 class EvalDataset:
-    """Item (S, images (m,), labels (m,)) -> uint8 central views (m, S, S, 3), labels (m,), -1 where
-    an image is unreadable, which no prediction matches, and {image: reason} of those."""
+    """Item (S, indices of images (m,), labels (m,)) -> uint8 central views (m, S, S, 3), labels
+    (m,), -1 where an image is unreadable, which no prediction matches, {index: reason} of those."""
 
     def __init__(self, folder):
         self.folder = folder
 
     def __getitem__(self, item):
-        size, images, labels = item
-        views, labels = np.zeros((len(images), size, size, 3), np.uint8), labels.astype(np.int64)
+        size, indices, labels = item
+        views, labels = np.zeros((len(indices), size, size, 3), np.uint8), labels.astype(np.int64)
         unreadable = {}
-        for place, i in enumerate(images.tolist()):
+        for place, i in enumerate(indices.tolist()):
             try:
                 views[place] = deit.center_view(self.folder.open(i), size)
-            except Exception:   # never replaced: it counts as wrong
-                labels[place], unreadable[i] = -1, self.folder.why_unreadable(i)
+            except Exception as e:   # never replaced: it counts as wrong
+                labels[place], unreadable[i] = -1, reason(e)
         return torch.from_numpy(views), torch.from_numpy(labels), unreadable
 
 
@@ -451,7 +459,7 @@ def make_loader(dataset, items, processes):
     """A loader of whole micro-batches and its first iterator. Its workers run from now on, for all
     later iterators too: they are forked before the process group is joined, since forking among the
     group's threads can hang."""
-    chosen = multiprocessing.get_start_method(allow_none=True)
+    chosen = multiprocessing.get_start_method(allow_none=True)   # by a program that calls main
     fork = processes.workers and sys.platform == "linux" and not chosen
     loader = torch.utils.data.DataLoader(
         dataset, sampler=items, batch_size=None, num_workers=processes.workers,
@@ -510,7 +518,8 @@ class Processes:
     def best_precision(self):
         """bfloat16 where the hardware has it, else float16 on CUDA, else None: float32."""
         if self.device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+            has = torch.cuda.is_bf16_supported(including_emulation=False)
+            return torch.bfloat16 if has else torch.float16
         if self.device.type == "cpu":   # elsewhere it is emulated
             for has in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
                 if hasattr(torch.cpu, has) and getattr(torch.cpu, has)():
@@ -553,6 +562,10 @@ class Processes:
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return number.item()
 
+    def wait(self):
+        """Until all processes are here."""
+        self.max(0)
+
     def gather(self, thing):
         """The list of all processes' things (plain values), by rank."""
         things = [thing]
@@ -576,15 +589,15 @@ class Processes:
         for turn in (0, 1):
             if turn == (self.local_rank > 0):
                 result = load()
-            self.max(0)   # wait
+            self.wait()
         return result
 
 
 @contextlib.contextmanager
 def caught_signals(processes):
     """SIGTERM, SIGUSR1 (pre-emption), SIGINT (Ctrl-C) and SIGHUP (a closed terminal), unless it was
-    ignored as under nohup, are only noted in processes.signal: the loop saves and stops. The fourth
-    one ends the program at once."""
+    ignored as under nohup, are only noted in processes.signal: the loop saves and stops. A fourth
+    signal ends the program at once, without a save."""
     count, former = itertools.count(1), {}
 
     def note(number, frame):
@@ -609,21 +622,20 @@ def caught_signals(processes):
 # ------------------------------------------------------------------------------------------------
 
 class State:
-    """Training state: everything here changes in a run and is saved in a checkpoint.
+    """Training state: what changes in a run. state_dict() is what a checkpoint holds of it.
 
     model: the raw network (saved, evaluated); net: the same, compiled and wrapped (trained); ema:
     averaged weights, or None. totals: sums over this epoch and this process's micro-batches: loss,
-    share of views that agree with the teacher, micro-batches, skipped steps (in float64, where the
-    order of additions does not matter). data_time: seconds spent waiting for views.
+    share of views that agree with the teacher, micro-batches, skipped steps (in float64, where
+    rounding does not show). data_time: seconds spent waiting for views.
     """
 
     def __init__(self, model, cfg, processes):
         self.model = model.to(processes.device)
         self.net = torch.compile(model) if cfg.compile else model
         if dist.is_initialized():
-            self.net = torch.nn.parallel.DistributedDataParallel(
-                self.net, gradient_as_bucket_view=True)
-            self.net.broadcast_buffers = False   # batch statistics are averaged before a save
+            self.net = torch.nn.parallel.DistributedDataParallel(   # buffers: see merge
+                self.net, gradient_as_bucket_view=True, broadcast_buffers=False)
         self.ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema_decay else None
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, cfg.weight_decay), lr=cfg.peak_lr,
@@ -641,7 +653,7 @@ class State:
         """{name: network} of what is evaluated: the model and its average."""
         return {"model": self.model} | ({"ema": self.ema} if self.ema else {})
 
-    def average(self, processes):
+    def merge(self, processes):
         """The processes' batch statistics (of convnets only) become their mean, their lists of
         unreadable images the union."""
         for each in self.evaluated().values():
@@ -653,7 +665,7 @@ class State:
 
     def state_dict(self, processes):
         """What a checkpoint holds of it. Called by all processes."""
-        self.average(processes)
+        self.merge(processes)
         return {"model": self.model.state_dict(), "ema": self.ema and self.ema.state_dict(),
                 "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
                 "step": self.step, "best": self.best, "log": self.log,
@@ -673,24 +685,15 @@ class State:
         reasons = {i: train.why_unreadable(i) for i in saved["unreadable"]}   # mended since?
         self.unreadable = {i: reason for i, reason in reasons.items() if reason}
 
-    def count(self, loss, dist_logits, teacher_logits):
+    def count(self, loss, dist_logits, answer):
         """Adds a micro-batch to the totals, on the device. One whose loss overflows in fp16, where
         its step is skipped, is not counted; otherwise it shows in the totals."""
         one, agree = torch.ones_like(loss), torch.zeros_like(loss)
-        if teacher_logits is not None:
-            classes = teacher_logits if teacher_logits.ndim == 1 else teacher_logits.argmax(1)
+        if answer is not None:
+            classes = answer if answer.ndim == 1 else answer.argmax(1)
             agree = (dist_logits.argmax(1) == classes).float().mean()
         counted = loss.isfinite() if self.scaler.is_enabled() else one.bool()
         self.totals[:3] += torch.where(counted, torch.stack([loss, agree, one]), 0)
-
-
-def ask(teacher, images, step, k, processes):
-    """The teacher's logits (m, K) on a micro-batch (m, 3, S, S), under autocast; of an Answers its
-    predicted classes (m,); None without teacher."""
-    if isinstance(teacher, Answers):
-        return teacher.ask(images, step, k, processes)
-    with processes.autocast():
-        return teacher(images) if teacher else None
 
 
 class Answers:
@@ -710,11 +713,9 @@ class Answers:
         teacher. complete: nothing is left to ask from `step` on, so no teacher is needed."""
         self.path, self.batch, self.micro = cfg.teacher_answers, cfg.batch_size, cfg.micro_batch
         self.teacher, self.new = None, []   # new: (place, classes) to be written
-        names = ("seed", "img_size", "batch_size", "micro_batch", "repeats", "randaugment", "mixup",
-                 "cutmix", "erasing", "teacher")
-        facts = {name: getattr(cfg, name) for name in names} | {
+        facts = {name: getattr(cfg, name) for name in (*VIEW_FLAGS, "teacher")} | {
             "training images": train_images.fingerprint(), "device": processes.device.type,
-            "classes": stable_hash(repr(cfg.classes).encode()),
+            "classes": stable_hash(repr(cfg.classes).encode()), "precision": processes.precision,
             "version of torch": torch.__version__, "version of Pillow": PIL.__version__}
         views = cfg.total_steps * cfg.batch_size
         try:
@@ -722,7 +723,7 @@ class Answers:
                 if not os.path.exists(self.path):
                     self.write_header(facts)
                 os.truncate(self.path, max(self.HEADER + 2 * views, os.path.getsize(self.path)))
-            processes.max(0)   # the others wait
+            processes.wait()
             with open(self.path, "rb") as f:
                 self.facts = json.loads(f.read(self.HEADER))
             self.known = np.memmap(self.path, np.uint16, "r", self.HEADER, (views,))
@@ -743,7 +744,7 @@ class Answers:
         for name, now in facts.items():
             if self.facts.get(name, now) != now:
                 other = f"{self.path} is of another {name}: {self.facts[name]}, now {now}"
-                if not name.startswith("version"):
+                if name != "precision" and not name.startswith("version"):
                     raise InputError(f"{other}; give the same again, or another --teacher-answers.")
                 processes.print0(f"warning        {other}; answers may differ slightly")
 
@@ -758,7 +759,7 @@ class Answers:
         """Predicted classes (m,), from the file or, where it lacks one, from the teacher."""
         place = step * self.batch + k * self.micro
         known = self.known[place:place + self.micro].astype(np.int64)          # (m,)
-        if known.all() and len(known):
+        if known.all():
             return torch.from_numpy(known - 1).to(images.device, non_blocking=True)
         classes = ask(self.teacher, images, step, k, processes).argmax(1)      # (m,)
         self.new.append((place, classes))   # on the device until the next save
@@ -778,6 +779,15 @@ class Answers:
             processes.print0(f"not saved      {self.path} could not be written ({e})")
 
 
+def ask(teacher, images, step, k, processes):
+    """The teacher's answer to a micro-batch (m, 3, S, S): logits (m, K), from an Answers its
+    predicted classes (m,), None without teacher."""
+    if isinstance(teacher, Answers):
+        return teacher.ask(images, step, k, processes)
+    with processes.autocast():
+        return teacher(images) if teacher else None
+
+
 def pair(output):
     """What a model in training returned, as (class logits, distillation logits)."""
     return output if isinstance(output, tuple) else (output, output)
@@ -786,31 +796,31 @@ def pair(output):
 def train_step(state, teacher, batches, cfg, processes):
     """One optimizer step over this process's micro-batches: `batches` yields them. Nothing is read
     back from the device, so that it never waits for the host."""
-    device, net, micro_batches = processes.device, state.net, cfg.batch_size // cfg.micro_batch
+    device, net = processes.device, state.net
+    ks = range(processes.rank, cfg.batch_size // cfg.micro_batch, processes.world_size)
     for group in state.optimizer.param_groups:
         group["lr"] = lr_at(state.step, cfg.peak_lr, cfg.min_lr, cfg.warmup_steps, cfg.total_steps)
-    for k in range(processes.rank, micro_batches, processes.world_size):
+    for k in ks:   # the sampler's, too
         asked = time.perf_counter()
         views, labels, boxes, unreadable = next(batches)
         state.data_time += time.perf_counter() - asked
         state.unreadable |= unreadable
-        # augmentation of the micro-batch
         rng = rng_for(cfg.seed, "device", state.step, k)
-        torch.manual_seed(rng.getrandbits(63))   # of erasing's noise and drop path
+        torch.manual_seed(rng.getrandbits(63))   # for erasing's noise and drop path
         images = erase(normalise(views, device), boxes)                        # (m, 3, S, S)
         labels = labels.to(device, non_blocking=True)
         targets = smooth_targets(labels, cfg.num_classes, cfg.smoothing)       # (m, K)
         images, targets = mixup_or_cutmix(images, targets, cfg.mixup, cfg.cutmix, rng)
         # the teacher sees exactly the student's pixels
-        teacher_logits = ask(teacher, images, state.step, k, processes)        # (m, K) or (m,)
+        answer = ask(teacher, images, state.step, k, processes)                # (m, K) or (m,)
         if dist.is_initialized():   # gradients are averaged over the processes once per step
-            net.require_backward_grad_sync = k + processes.world_size >= micro_batches
+            net.require_backward_grad_sync = k == ks[-1]
         with processes.autocast():
             cls_logits, dist_logits = pair(net(images))                        # (m, K) each
-        loss = deit.distillation_loss(cls_logits, dist_logits, targets, teacher_logits,
-                                      cfg.distillation, cfg.alpha, cfg.tau)
+        loss = deit.distillation_loss(cls_logits, dist_logits, targets, answer, cfg.distillation,
+                                      cfg.alpha, cfg.tau)
         state.scaler.scale(loss / cfg.grad_accum_steps).backward()
-        state.count(loss.detach(), dist_logits, teacher_logits)
+        state.count(loss.detach(), dist_logits, answer)
     state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -831,16 +841,19 @@ def train_step(state, teacher, batches, cfg, processes):
 # ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(models, loader, images, size, batch, processes, stop_on_signal=False):
-    """Accuracy of several models by one decoding. models: {name: network}; images: indices into the
-    loader's folder. Returns {name: {"cls", "dist", "both": top-1 in percent, "cls5", "dist5",
-    "both5": top-5}} and {image: reason} of the unreadable ones, which count as wrong.
+def evaluate(models, loader, indices, size, batch, processes, stop_on_signal=False):
+    """Accuracy of several models by one decoding. models: {name: network}; indices: of images in
+    the loader's folder. Returns {name: {"cls", "dist", "both": top-1 in percent, "cls5", "dist5",
+    "both5": top-5}} and {index: reason} of the unreadable ones, which count as wrong.
     stop_on_signal: once a signal has come, the rest is left out, and the result is of no use."""
-    device, numbers = processes.device, loader.dataset.folder.labels
-    mine = images[processes.rank::processes.world_size]
+    device, all_labels = processes.device, loader.dataset.folder.labels
+    mine = indices[processes.rank::processes.world_size]
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
-    loader.sampler[:] = [(size, part, numbers[part]) for part in parts]   # the workers' next items
+    # The loader's sampler is this list: the next loop over the loader hands these items out.
+    loader.sampler[:] = [(size, part, all_labels[part]) for part in parts]
     training = [model.training for model in models.values()]
+    for model in models.values():
+        model.eval()
     hits = torch.zeros(len(models), 3, 2, device=device)   # model; cls, dist, both; top-1, top-5
     unreadable = {}
     for views, labels, reasons in loader:
@@ -849,7 +862,6 @@ def evaluate(models, loader, images, size, batch, processes, stop_on_signal=Fals
         unreadable |= reasons
         views, labels = normalise(views, device), labels.to(device, non_blocking=True)[:, None]
         for row, model in zip(hits, models.values()):
-            model.eval()
             with processes.autocast():
                 cls_logits, dist_logits = (x.float() for x in model.heads(views))
             heads = torch.stack([cls_logits, dist_logits, (cls_logits + dist_logits) / 2])
@@ -859,7 +871,7 @@ def evaluate(models, loader, images, size, batch, processes, stop_on_signal=Fals
         model.train(mode)
     scores = {}
     for name, row in zip(models, processes.sum(hits).tolist()):
-        scores[name] = {head + top: 100 * row[i][j] / len(images)
+        scores[name] = {head + top: 100 * row[i][j] / len(indices)
                         for i, head in enumerate(("cls", "dist", "both"))
                         for j, top in enumerate(("", "5"))}
     for reasons in processes.gather(unreadable):
@@ -896,9 +908,9 @@ def output_folder(path, processes):
 
 
 def save(path, write, keep=None):
-    """write(file) into a file beside `path`, onto the disk, then renamed: `path` is always whole.
-    The file that was there is kept as `keep`. Raises OSError; what was there is then still there,
-    perhaps as `keep`."""
+    """write(file) into a file beside `path`, onto the disk, then renamed: `path` is never
+    half-written. The file that was there is renamed to `keep` first. Raises OSError; what was there
+    is then still there, perhaps as `keep`."""
     beside = f"{path}.{os.getpid()}.tmp"
     try:
         with open(beside, "wb") as f:
@@ -915,7 +927,7 @@ def save(path, write, keep=None):
 
 
 def to_cpu(thing):
-    """A copy with all tensors on the CPU, so that plain torch.load opens it on any machine."""
+    """The same with all tensors on the CPU, so that plain torch.load opens it on any machine."""
     if torch.is_tensor(thing):
         return thing.cpu()
     if isinstance(thing, list):
@@ -948,7 +960,7 @@ def check_finite(state, total_loss, cfg):
 def save_state(state, cfg, processes, is_best=False):
     """Writes best.pt if is_best (without what only going on needs), then last.pt (the former
     becomes last.prev.pt) and log.jsonl. Called by all processes, written by rank 0. A failure is
-    said and the run goes on. Returns 0 if all was written, 1 if best.pt alone, 2 if nothing."""
+    said and the run goes on. Returns 0 if all was written, 2 if not even best.pt was, else 1."""
     if state.answers:
         state.answers.save(processes)
     checkpoint = to_cpu(state.state_dict(processes))
@@ -961,7 +973,7 @@ def save_state(state, cfg, processes, is_best=False):
     missing = 0
     if processes.rank == 0:
         try:
-            missing = 2
+            missing = 2   # if the next write fails
             if is_best:
                 best = checkpoint | dict.fromkeys(("ema", "optimizer", "scaler"))
                 save(cfg.paths["best.pt"], lambda f: torch.save(best, f))
@@ -1008,6 +1020,7 @@ def check_resume(saved, cfg, processes):
         raise InputError(f"{path} is no save to go on from (best.pt and saves of other versions "
                          "are not): choose another --output, and start from its weights with "
                          "--finetune.")
+    # parse([]): flags that are newer than the save had their defaults
     before = vars(parse([])) | saved["flags"] | {"classes": saved["classes"]}
     now = cfg.flags | {"classes": cfg.classes}
     changed = [f for f in now if f not in FREE and now[f] != before.get(f)]
@@ -1072,9 +1085,9 @@ def make_config(args, processes, train, val, saved=None):
     cfg = types.SimpleNamespace(**vars(args))
     cfg.output, cfg.paths = output_paths(args)
     cfg.distillation = args.distillation or ("hard" if args.model in DISTILLED else "none")
-    cfg.img_size = args.img_size or deit.VARIANTS.get(args.model, (0, 0, 224))[2]
+    own_size = deit.VARIANTS[args.model][2] if args.model in deit.VARIANTS else 224
+    cfg.img_size = args.img_size or own_size
     cfg.classes, cfg.num_classes = train.classes, len(train.classes)
-    # the batch
     batch, world_size = args.batch_size, processes.world_size
     former = saved.get("flags", {}).get("micro_batch") if saved else None
     micro = args.micro_batch or former or max(1, min(128, batch // world_size))
@@ -1088,7 +1101,6 @@ def make_config(args, processes, train, val, saved=None):
         raise InputError(f"{train.root} holds {len(train)} images, fewer than a batch of {batch}: "
                          "lower --batch-size.")
     cfg.micro_batch, cfg.grad_accum_steps = micro, batch // (micro * world_size)
-    # the schedule
     cfg.peak_lr = args.lr * batch / 512
     if args.min_lr is None:
         cfg.min_lr = 1e-5 if cfg.peak_lr > 1e-5 else cfg.peak_lr / 10
@@ -1107,7 +1119,7 @@ def make_config(args, processes, train, val, saved=None):
 
 def make_loaders(train_images, val_images, cfg, processes, step=0):
     """The validation's loader and the iterator of the training's micro-batches from a step on."""
-    val_loader, _ = make_loader(EvalDataset(val_images), [], processes)
+    val_loader, _ = make_loader(EvalDataset(val_images), [], processes)   # evaluate fills the list
     sampler = TrainSampler(len(train_images), cfg, processes, step)
     return val_loader, make_loader(TrainDataset(train_images, cfg), sampler, processes)[1]
 
@@ -1129,9 +1141,10 @@ def must_accept(model, name, size, num_classes):
         with torch.no_grad():
             shape = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape)
         if shape != (1, num_classes):
-            raise ValueError(f"the answer's shape is {shape}, not {(1, num_classes)}")
+            raise ValueError(f"it gives {shape}")
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise InputError(f"{name} takes no images of {size} px ({str(e).splitlines()[0]}).") from e
+        raise InputError(f"{name} does not turn images of {size} px into {num_classes} logits each "
+                         f"({str(e).splitlines()[0]}).") from e
     return model.train(mode)
 
 
@@ -1143,7 +1156,7 @@ def make_model(cfg, processes):
         given = {"drop_path": 0.1} | given
     torch.manual_seed(rng_for(cfg.seed, "weights").getrandbits(63))
     model = deit.create_classifier(cfg.model, cfg.num_classes, **given)
-    if processes.device.type == "cuda":   # channels-last once slowed a RegNet's training by 3 there
+    if processes.device.type == "cuda":   # a RegNet once trained 3 times slower in channels-last
         model.to(memory_format=torch.contiguous_format)
     return must_accept(model, cfg.model, cfg.img_size, cfg.num_classes)
 
@@ -1154,8 +1167,10 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     if cfg.distillation == "none":
         return None
     if cfg.teacher_answers and (os.path.exists(cfg.teacher_answers) or not cfg.benchmark):
+        # a benchmark begins no file
         state.answers = Answers(cfg, train_images, processes, state.step)
         if state.answers.complete:
+            check_teacher(state.answers.facts.get("teacher's weights"), cfg)
             return state.answers
     weights = None if cfg.teacher_weights == "none" else cfg.teacher_weights
     teacher = processes.main_process_first(lambda: deit.load_teacher(
@@ -1164,10 +1179,7 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     if teacher.classes not in (None, cfg.classes):
         raise InputError(f"the teacher {weights} was trained on other classes than {cfg.data}'s: "
                          f"{', '.join(teacher.classes[:3])}, ...; train one on these.")
-    before = cfg.flags.setdefault("teacher's weights", teacher.sha256)   # of the run, if resumed
-    if before != teacher.sha256:
-        raise InputError(f"the teacher {weights} has other weights than at the start of this run: "
-                         "give the same file again, or another --output.")
+    check_teacher(teacher.sha256, cfg)
     teacher.to(processes.device)
     if val_loader is not None:
         try_teacher(teacher, val_loader, cfg, processes)
@@ -1180,13 +1192,20 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     return state.answers or teacher
 
 
+def check_teacher(sha256, cfg):
+    """Raises InputError if the run began with another teacher's weights. sha256: of these."""
+    if cfg.flags.setdefault("teacher's weights", sha256) != sha256:
+        raise InputError("the teacher has other weights than at the start of this run: give the "
+                         "same --teacher-weights or --teacher-answers, or another --output.")
+
+
 def try_teacher(teacher, val_loader, cfg, processes):
     """Prints the teacher's accuracy on some validation images; refuses one that knows nothing."""
     val = val_loader.dataset.folder
     some = np.unique(np.linspace(0, len(val) - 1, 512).astype(np.int64))
-    scores, _ = evaluate({"it": teacher}, val_loader, some, cfg.img_size, cfg.micro_batch,
+    scores, _ = evaluate({"teacher": teacher}, val_loader, some, cfg.img_size, cfg.micro_batch,
                          processes)
-    accuracy, chance = scores["it"]["cls"], 1 / cfg.num_classes
+    accuracy, chance = scores["teacher"]["cls"], 1 / cfg.num_classes
     processes.print0(f"teacher        {cfg.teacher} {cfg.teacher_weights}, {accuracy:.1f} % right "
                      f"on {len(some)} validation images")
     bound = chance + 2 * math.sqrt(chance * (1 - chance) / len(some))   # two standard errors
@@ -1269,7 +1288,7 @@ def print_unreadable(unreadable, folder, what, processes):
 def save_if_due(state, cfg, processes, late=False):
     """Saves if rank 0 is late with a save, or if a signal has come to any process, which then ends
     the program. Returns whether it saved."""
-    due = processes.max(2 * processes.signal + late)   # both in one exchange
+    due = processes.max(2 * processes.signal + late)   # one exchange a step for both
     if not due:
         return False
     missing = save_state(state, cfg, processes)
@@ -1284,14 +1303,14 @@ def save_if_due(state, cfg, processes, late=False):
 def end_epoch(state, cfg, times, train_images, val_loader, processes):
     """Evaluates, adds a record to the log, saves. Returns what save_state returned."""
     seconds, val_images = time.perf_counter() - times.epoch, val_loader.dataset.folder
-    state.average(processes)
+    state.merge(processes)
     scores, bad_val = evaluate(state.evaluated(), val_loader, np.arange(len(val_images)),
                                cfg.img_size, cfg.micro_batch, processes, stop_on_signal=True)
     save_if_due(state, cfg, processes)   # a signal cut the evaluation short: --resume repeats it
     loss, agreed, micro_batches, skipped = processes.sum(state.totals).tolist()
     record = {"epoch": len(state.log) + 1, "step": state.step,
-              "lr": lr_at(state.step - 1, cfg.peak_lr, cfg.min_lr, cfg.warmup_steps,
-                          cfg.total_steps), "train_loss": loss / max(1, micro_batches)}
+              "lr": state.optimizer.param_groups[0]["lr"],
+              "train_loss": loss / max(1, micro_batches)}
     for name, prefix in (("model", ""), ("ema", "ema_")):
         if name in scores:
             record |= {prefix + key: scores[name][key] for key in ("cls", "dist", "both")}
@@ -1358,13 +1377,13 @@ def train(args, processes):
     state = State(model, cfg, processes)
     if saved:
         state.load_state_dict(saved, processes, train_images)
-    damaged = saved and saved["source"] == paths["last.prev.pt"]
+    from_previous = saved and saved["source"] == paths["last.prev.pt"]
     del saved
     teacher = make_teacher(cfg, state, train_images, val_loader, processes)
     print_start(state, cfg, train_images, val_images, processes)
     with output_folder(output, processes):
-        if damaged and os.path.exists(paths["last.pt"]) and processes.rank == 0:
-            os.replace(paths["last.pt"], paths["last.pt"] + ".damaged")   # no next last.prev.pt
+        if from_previous and os.path.exists(paths["last.pt"]) and processes.rank == 0:
+            os.replace(paths["last.pt"], paths["last.pt"] + ".damaged")   # or it becomes prev
         board = make_board(cfg, state, processes)
         save_log(cfg, state.log, processes)
         if step == 0 and save_state(state, cfg, processes):
@@ -1423,15 +1442,15 @@ def run_eval(args, processes):
     if known != len(folder.classes):
         raise InputError(f"{args.eval} knows {known} classes, {folder.root} has "
                          f"{len(folder.classes)}.")
-    scores, unreadable = evaluate({"it": model}, loader, np.arange(len(folder)), size,
+    scores, unreadable = evaluate({"model": model}, loader, np.arange(len(folder)), size,
                                   args.micro_batch or 128, processes)
     processes.print0(f"{args.eval}: {len(folder)} images at {size} px, {processes.precision}")
     print_unreadable(unreadable, folder, "images, counted as wrong", processes)
     titles = {"cls": "class head", "dist": "distillation head", "both": "both"}
     for key in titles if getattr(model, "num_tokens", 1) == 2 else ("cls",):
-        processes.print0(f"  {titles[key]:18s} top-1 {scores['it'][key]:6.3f} %   top-5 "
-                         f"{scores['it'][key + '5']:6.3f} %")
-    return scores["it"]
+        processes.print0(f"  {titles[key]:18s} top-1 {scores['model'][key]:6.3f} %   top-5 "
+                         f"{scores['model'][key + '5']:6.3f} %")
+    return scores["model"]
 
 
 def measure_rate(processes, work, views, warm_up=1, seconds=8):
@@ -1563,10 +1582,11 @@ def parse(argv):
     add = group("distillation")
     add("--distillation", "what is learned from the teacher: its prediction (hard), its "
         "probabilities (soft), nothing [hard for a distilled model, none for others]",
-        choices=["hard", "soft", "none"])
-    add("--teacher", "a torchvision classifier, a DeiT or module:function", "regnet_y_16gf")
-    add("--teacher-weights", "torchvision's name, file or URL; none: random ones; if not given, "
-        "a function's own", "IMAGENET1K_V2")
+        choices=[*deit.ALPHA, "none"])
+    add("--teacher", "a torchvision classifier, a DeiT or module:function; it gets images "
+        "normalised by ImageNet's mean and deviation", "regnet_y_16gf")
+    add("--teacher-weights", "file, URL or torchvision's name; DEFAULT: torchvision's best, or a "
+        "function's own; none: random ones", "DEFAULT")
     add("--teacher-answers", "keep the teacher's predictions here and ask only for what is "
         "missing: the next student needs no teacher [off]")
     add("--alpha", "weight of the distillation loss [0.5 hard, 0.1 soft]", kind=float)
@@ -1757,7 +1777,7 @@ def error_message(error):
 
 def end_workers(others):
     """Ends the loader workers at once: they would outlive an error by 30 seconds. others: child
-    processes that are none."""
+    processes that are no loader workers, which are left alone."""
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
     with contextlib.suppress(ValueError):   # not in the main thread
         if handler:   # PyTorch's, which takes a worker's end for a failure
@@ -1773,7 +1793,7 @@ def main(argv=None):
     """The program. A user's mistake raises SystemExit with one sentence; any other error ends the
     workers and is raised on."""
     processes = None
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # any name, any console
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # if a letter is missing
     others = multiprocessing.active_children()
     try:
         args = parse(argv)
