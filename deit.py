@@ -31,6 +31,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import difflib
 import hashlib
 import math
 import os
@@ -472,9 +473,11 @@ def create_classifier(name=None, num_classes=1000, **overrides):
             raise InputError(f"{name} returned a {type(model).__name__}, not an nn.Module.")
     else:
         models = torchvision_models()
-        if name not in models.list_models(module=models):
-            raise InputError(f"'{name}' is neither one of torchvision's classifiers (resnet50, "
-                             f"...) nor a DeiT ({', '.join(VARIANTS)}) nor module:function.")
+        known = models.list_models(module=models)
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, *VARIANTS]) or VARIANTS
+            raise InputError(f"'{name}' is neither one of torchvision's classifiers nor a DeiT nor "
+                             f"module:function; there are {', '.join(close)}, and others.")
         model = models.get_model(name, weights=None, num_classes=num_classes)
         if getattr(model, "aux_logits", False):
             raise InputError(f"'{name}' has auxiliary heads: take a classifier with one output.")
@@ -525,7 +528,7 @@ def download(url):
         torch.hub.download_url_to_file(url, path, sha256 and sha256[1], sys.stderr.isatty())
     except Exception as e:   # OSError, RuntimeError (the hash), HTTPException, ...
         if not there:
-            raise InputError(f"{url} could not be downloaded ({e}).") from e
+            raise InputError(f"{url} could not be downloaded ({e}): give a file instead.") from e
         print(f"{url} could not be downloaded ({e}): the copy of an earlier start is used.")
     return path
 
@@ -617,7 +620,7 @@ def load_weights(model, source, *, new_heads=True, classes=None, say=print):
         if len(weight) == K:
             differ = f"other classes in {head}, not these"
         if not new_heads:
-            raise InputError(f"{source} has {differ}.")
+            raise InputError(f"{source} has {differ}: it was trained on other classes.")
         say(f"{source} has {differ}: it starts anew.")
         init_linear(model.get_submodule(head))
         state.update({key: own[key] for key in own if key.startswith(f"{head}.")})
@@ -665,7 +668,8 @@ def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
             raise InputError(f"{source} names a model by module ({name}): give --model "
                              "module:function (in Python: model=).")
         if model not in (None, name) and not (":" in name and ":" in model):
-            raise InputError(f"{source} holds a {name or 'nameless DeiT'}, not a {model}.")
+            raise InputError(f"{source} holds a {name or 'nameless DeiT'}, not a {model}: "
+                             "give its own name.")
         created = create_classifier(**config | {"name": model or name or None} | overrides)
         count = config.get("num_classes", len(classes or ()))
         if classes and [type(c) for c in classes] != [str] * count:
@@ -788,9 +792,9 @@ def main(argv=None):
             raise InputError("--attention needs a photo: give its path first.")
     except (OSError, ValueError) as e:   # InputError too
         raise SystemExit(f"deit.py: {e}") from None
-    print(f"{'name':34s}{'D':>5s}{'heads':>7s}{'S':>5s}{'parameters':>12s}{'published top-1':>17s}")
+    print(f"{'name':33s} width  heads   px  parameters  published top-1")
     for name, (embed_dim, num_heads, img_size, _, count, top1, _) in VARIANTS.items():
-        print(f"{name:34s}{embed_dim:5d}{num_heads:7d}{img_size:5d}{count:12,d}{top1:17.3f}")
+        print(f"{name:33s}{embed_dim:6d}{num_heads:7d}{img_size:5d}{count:12,d}{top1:17.3f}")
 
 
 if __name__ == "__main__":

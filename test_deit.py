@@ -2205,7 +2205,7 @@ def test_an_unreadable_images_name_and_reason_are_said():
         assert "exceeds limit" in said
         os.truncate("d/train/1/0.JPEG", 900)
         out = io.StringIO()
-        with contextlib.redirect_stdout(out), raises("mend those named above", SystemExit):
+        with contextlib.redirect_stdout(out), raises("replace those named above", SystemExit):
             train.main(["--data", "d", *BASE_FLAGS, *flags, "--output", "p"])
         assert "'d/train/1/0.JPEG' (OSError: image file is truncated" in out.getvalue()
 

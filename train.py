@@ -1060,7 +1060,7 @@ def load_images(args, print0=print):
         raise InputError(f"{os.path.join(train.root, empty[0])} holds no images to train on"
                          f"{beside}: add some, or remove the folder ({len(empty)} such in all).")
     if len(train.classes) < 2:
-        raise InputError(f"{train.root} holds one class only, {train.classes[0]}: there is no "
+        raise InputError(f"{train.root} holds one class only, {train.classes[0]!r}: there is no "
                          "choice to learn.")
     left_out = sorted({*train.left_out, *val.left_out})
     if left_out:
@@ -1177,8 +1177,9 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
         cfg.teacher, weights, cfg.num_classes, img_size=cfg.img_size))
     must_accept(teacher, cfg.teacher, cfg.img_size, cfg.num_classes)
     if teacher.classes not in (None, cfg.classes):
+        strange = [name for name in teacher.classes if name not in cfg.classes] or teacher.classes
         raise InputError(f"the teacher {weights} was trained on other classes than {cfg.data}'s: "
-                         f"{', '.join(teacher.classes[:3])}, ...; train one on these.")
+                         f"{', '.join(strange[:3])}, ...; train one on these.")
     check_teacher(teacher.sha256, cfg)
     teacher.to(processes.device)
     if val_loader is not None:
@@ -1206,8 +1207,8 @@ def try_teacher(teacher, val_loader, cfg, processes):
     scores, _ = evaluate({"teacher": teacher}, val_loader, some, cfg.img_size, cfg.micro_batch,
                          processes)
     accuracy, chance = scores["teacher"]["cls"], 1 / cfg.num_classes
-    processes.print0(f"teacher        {cfg.teacher} {cfg.teacher_weights}, {accuracy:.1f} % right "
-                     f"on {len(some)} validation images")
+    processes.print0(f"teacher        {cfg.teacher}, weights {cfg.teacher_weights}, "
+                     f"{accuracy:.1f} % right on {len(some)} validation images")
     bound = chance + 2 * math.sqrt(chance * (1 - chance) / len(some))   # two standard errors
     if cfg.teacher_weights != "none" and accuracy / 100 <= bound:
         what = (f"the teacher is right on {accuracy:.1f} % of {len(some)} validation images, no "
@@ -1273,15 +1274,19 @@ def epoch_line(r):
     agreement = f"  agreement {r['agreement']:4.1f}" if "agreement" in r else ""
     unreadable = f"  {r['unreadable']} unreadable" if r["unreadable"] else ""
     skipped = f"  {r['skipped_steps']} steps skipped" if r.get("skipped_steps") else ""
+    heads = f"class {r['cls']:5.2f}"
+    if not r["cls"] == r["dist"] == r["both"]:   # two heads
+        heads += f"  dist {r['dist']:5.2f}  both {r['both']:5.2f}"
     return (f"epoch {r['epoch']:3d}  loss {r['train_loss']:6.3f}  top-1 % of {r['val_images']}: "
-            f"class {r['cls']:5.2f}  dist {r['dist']:5.2f}  both {r['both']:5.2f}{ema}{agreement}"
-            f"{unreadable}{skipped}  {r['img_per_s']:.0f} img/s  {clock(r['seconds'])}")
+            f"{heads}{ema}{agreement}{unreadable}{skipped}  {r['img_per_s']:.0f} img/s  "
+            f"{clock(r['seconds'])}")
 
 
-def print_unreadable(unreadable, folder, what, processes):
-    """One line with the count, and the first three names with Pillow's words."""
+def print_unreadable(unreadable, folder, what, processes, limit=3):
+    """One line with the count, and the first names with Pillow's words."""
     if unreadable:
-        first = "; ".join(f"{folder.path(i)!r} ({unreadable[i]})" for i in sorted(unreadable)[:3])
+        first = "; ".join(f"{folder.path(i)!r} ({unreadable[i]})"
+                          for i in sorted(unreadable)[:limit])
         processes.print0(f"unreadable     {len(unreadable)} {what}: {first}")
 
 
@@ -1330,12 +1335,14 @@ def end_epoch(state, cfg, times, train_images, val_loader, processes):
     missing = save_state(state, cfg, processes, is_best=state.best > former)
     if missing == 2:
         state.best = former   # so that the next good epoch is kept
-    print_unreadable(state.unreadable, train_images,
-                     "training images, others of their class stand in", processes)
     print_unreadable(bad_val, val_images, "validation images, counted as wrong", processes)
-    if len(state.unreadable) > len(train_images) / 100:
+    too_many = len(state.unreadable) > len(train_images) / 100
+    print_unreadable(state.unreadable, train_images, "training images, others of their class stand "
+                     "in", processes, limit=None if too_many else 3)
+    if too_many:
         raise InputError(f"{len(state.unreadable)} of {len(train_images)} training images cannot "
-                         "be read, more than 1 %: mend those named above, then --resume.")
+                         "be read, more than 1 %: replace those named above, then --resume; or "
+                         "remove them and choose another --output.")
     return missing
 
 
@@ -1347,6 +1354,8 @@ def train(args, processes):
         raise InputError(f"{output} holds a run: add --resume to go on with it, or choose another "
                          "--output.")
     saved = read_last(paths, processes) if args.resume else None
+    if args.resume and not saved:
+        processes.print0(f"resume         {output} holds no save: a new run starts")
     if saved is None and os.path.exists(paths["best.pt"]):
         raise InputError(f"{output} holds best.pt, but no last.pt to go on from: move it away, or "
                          "choose another --output.")
@@ -1524,18 +1533,18 @@ def run_benchmark(args, processes):
               "projected_hours": cfg.epochs * seconds / 3600,
               "workers_needed": math.ceil(max(1, processes.workers) * device_rate / loader_rate)}
     rows = {f"loader, {processes.workers} workers": loader_rate,
-            f"teacher {cfg.teacher}": teacher_rate, "validation": val_rate,
-            f"student {cfg.model}, with its step": student_rate, "all of it": step_rate}
+            f"teacher {cfg.teacher if teacher else ''}": teacher_rate, "validation": val_rate,
+            f"{cfg.model}, with its step": student_rate, "all of it": step_rate}
     processes.print0(f"{processes.world_size} processes on {processes.device}, "
                      f"{processes.precision}, {cfg.img_size} px, micro-batch {micro}, torch "
                      f"{torch.__version__}")
     for title, value in rows.items():
         processes.print0(f"  {title:56s}" + (f"{value:9.1f} img/s" if value else "     none"))
     slowest = "the loader" if loader_rate < device_rate else "the teacher" if (
-        teacher_rate and teacher_rate < student_rate) else "the student"
+        teacher_rate and teacher_rate < student_rate) else "the model"
     processes.print0(f"bottleneck: {slowest}; the device takes {device_rate:.1f} img/s, which "
                      f"{result['workers_needed']} workers a process keep busy\n"
-                     f"projected: {result['projected_hours']:.1f} hours for {cfg.epochs} epochs of "
+                     f"projected: {clock(cfg.epochs * seconds)} hours for {cfg.epochs} epochs of "
                      f"{len(train_images)} images; peak memory {result['peak_memory_mib']:.0f} MiB")
     processes.print0(json.dumps(result))
     return result
