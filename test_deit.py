@@ -1737,6 +1737,30 @@ def test_between_log_lines_the_loop_asks_nothing_back_from_the_device():
         assert not wrong, wrong
 
 
+def test_a_save_is_loaded_onto_the_device():
+    """A save holds tensors of the CPU. Only copies may take them together with the device's."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    mixed = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            devices = {t.device for t in args if torch.is_tensor(t) and t.ndim}
+            if len(devices) > 1 and "copy" not in func._schema.name:
+                mixed.append(str(func))
+            return func(*args, **kwargs or {})
+
+    with working_folder():
+        run("--epochs", "2")
+        saved, processes = read("o/last.pt"), cpu()
+        processes.device = torch.device("meta")
+        cfg = configured(*SMALL_FLAGS, "--model", TI, "--epochs", "2")
+        state = train.State(train.make_model(cfg, processes), cfg, processes)
+        with Watch(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # that copies to the meta device do nothing
+            state.load_state_dict(saved, processes, train.ImageFolder(shared_images() + "/train"))
+        assert not mixed and state.totals.is_meta and state.step == saved["step"]
+
+
 # ------------------------------------------------------------------------------------------------
 # Any teacher
 # ------------------------------------------------------------------------------------------------
@@ -1939,6 +1963,7 @@ def test_answers_of_other_views_or_of_another_teacher_are_refused():
                                ("another teacher's weights", "one missing")):
             with raises(phrase, SystemExit):
                 run(*ANSWERED, "--teacher-answers", *flags)
+        assert Path("headless").read_bytes() == file[HEADER:], "another file stays as it is"
         stopped(4, *ANSWERED[len(FLAGS):])   # by the live teacher of seed 5
         with raises("other weights than at the start of this run", SystemExit):
             run(*ANSWERED, "--teacher-answers", "a", "--resume")

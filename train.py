@@ -681,7 +681,7 @@ class State:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.best, self.log = saved["step"], saved["best"], saved["log"]
         if processes.rank == 0:
-            self.totals += torch.tensor(saved["totals"], dtype=self.totals.dtype)
+            self.totals += self.totals.new_tensor(saved["totals"])
         reasons = {i: train.why_unreadable(i) for i in saved["unreadable"]}   # mended since?
         self.unreadable = {i: reason for i, reason in reasons.items() if reason}
 
@@ -722,10 +722,10 @@ class Answers:
             if processes.rank == 0:
                 if not os.path.exists(self.path):
                     self.write_header(facts)
+                self.read_header()   # so that a file of something else stays as it is
                 os.truncate(self.path, max(self.HEADER + 2 * views, os.path.getsize(self.path)))
             processes.wait()
-            with open(self.path, "rb") as f:
-                self.facts = json.loads(f.read(self.HEADER))
+            self.facts = self.read_header()
             self.known = np.memmap(self.path, np.uint16, "r", self.HEADER, (views,))
         except (OSError, ValueError) as e:
             raise InputError(f"--teacher-answers {self.path} cannot be used ({e}).") from e
@@ -735,6 +735,10 @@ class Answers:
         missing = np.count_nonzero(self.known[step * self.batch:] == 0)
         self.complete = not processes.max(missing)
         processes.print0(f"answers        {self.path}, {missing} of {views} views are left to ask")
+
+    def read_header(self):
+        with open(self.path, "rb") as f:
+            return json.loads(f.read(self.HEADER))
 
     def write_header(self, facts):
         with open(self.path, "r+b" if os.path.exists(self.path) else "wb") as f:
