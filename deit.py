@@ -431,6 +431,13 @@ def torchvision_models():
     return torchvision.models
 
 
+def close_names(name):
+    """The published models whose names are most like this one."""
+    models = torchvision_models()
+    known = [*models.list_models(module=models), *VARIANTS]
+    return ", ".join(difflib.get_close_matches(name, known) or VARIANTS)
+
+
 class Classifier(nn.Module):
     """Gives a module, images (B, 3, S, S) -> logits (B, K), what a DeiT has: config, classes and
     heads(). Writes nothing onto the module and keeps its parameters' names."""
@@ -473,11 +480,9 @@ def create_classifier(name=None, num_classes=1000, **overrides):
             raise InputError(f"{name} returned a {type(model).__name__}, not an nn.Module.")
     else:
         models = torchvision_models()
-        known = models.list_models(module=models)
-        if name not in known:
-            close = difflib.get_close_matches(name, [*known, *VARIANTS]) or VARIANTS
+        if name not in models.list_models(module=models):
             raise InputError(f"'{name}' is neither one of torchvision's classifiers nor a DeiT nor "
-                             f"module:function; there are {', '.join(close)}, and others.")
+                             f"module:function; there are {close_names(name)}, and others.")
         model = models.get_model(name, weights=None, num_classes=num_classes)
         if getattr(model, "aux_logits", False):
             raise InputError(f"'{name}' has auxiliary heads: take a classifier with one output.")
@@ -507,7 +512,7 @@ def released_url(name, weights="DEFAULT"):
     entries = models.get_model_weights(name).__members__ if known else {}
     if weights not in entries:
         raise InputError(f"'{name if weights == 'DEFAULT' else weights}' is neither a file nor a "
-                         f"URL nor a published name ({', '.join(entries or VARIANTS)}).")
+                         f"URL nor a published name ({', '.join(entries) or close_names(name)}).")
     return entries[weights].url
 
 
@@ -624,9 +629,9 @@ def load_weights(model, source, *, new_heads=True, classes=None, say=print):
         say(f"{source} has {differ}: it starts anew.")
         init_linear(model.get_submodule(head))
         state.update({key: own[key] for key in own if key.startswith(f"{head}.")})
-    lacks, extra = ({f"{key} {tuple(x.shape)}{'' if x.is_floating_point() else ' of integers'}"
-                     for key, x in entries.items()} for entries in (own, state))
-    lacks, extra = sorted(lacks - extra), sorted(extra - lacks)
+    here, there = ({f"{key} {tuple(x.shape)}{'' if x.is_floating_point() else ' of integers'}"
+                    for key, x in entries.items()} for entries in (own, state))
+    lacks, extra = sorted(here - there), sorted(there - here)
     if lacks or extra:
         raise InputError(f"{source} is of another architecture than "
                          f"{config.get('name', 'this model')}: it lacks {lacks[:2]} and has "

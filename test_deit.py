@@ -200,7 +200,7 @@ def checkpoint(model):
 def config(**given):
     """What the loaders read of a configuration."""
     return types.SimpleNamespace(**dict(img_size=16, seed=0, randaugment=0, erasing=0, repeats=1,
-                                        batch_size=6, micro_batch=6) | given)
+                                        batch_size=6, micro_batch=6, epoch_steps=6) | given)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -931,7 +931,8 @@ def test_every_kind_of_image_becomes_rgb_as_the_recipe_does():
 def test_sampler_covers_each_image_as_promised_for_1_2_3_processes():
     def views(repeats, world_size=1, start=0):
         """(epoch, step, k, image, view) of 8 steps of 24 views in micro-batches of 4."""
-        found, cfg = [], config(batch_size=24, micro_batch=4, repeats=repeats, seed=5)
+        found = []
+        cfg = config(batch_size=24, micro_batch=4, repeats=repeats, seed=5, epoch_steps=4)
         for rank in range(world_size):
             sampler = train.TrainSampler(100, cfg, cpu(rank, world_size), start)
             for *key, images, numbers in itertools.islice(sampler, (8 - start) * 6 // world_size):
@@ -1593,12 +1594,16 @@ def test_two_runs_cannot_share_an_output_and_a_killed_one_holds_no_lock():
     flags = ["--epochs", "999", "--workers", "1"]
     with working_folder():
         with in_background("--data", shared_images(), *BASE_FLAGS, *flags), \
-                raises("another run is writing into o", SystemExit):
+                watched(train, "read_last", crash), \
+                raises("another run is writing into o", SystemExit):   # before it reads a save
             run(*flags, "--resume")
         Path("o/last.pt.1.tmp").touch()
         with watched(train, "epoch_line", crash), raises("", KeyboardInterrupt):
             run(*flags, "--resume")
         assert not list(Path("o").glob("*.tmp"))
+        with raises("knows ImageNet's 1000 classes", SystemExit):
+            run("--teacher", "regnet_y_400mf", "--teacher-weights", "DEFAULT", "--output", "p")
+        assert not os.path.exists("p"), "a refused run leaves no folder"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -86,7 +86,8 @@ def update_ema(ema, model, step, decay):
 # ------------------------------------------------------------------------------------------------
 
 def rng_for(*key):
-    """A random generator of its own for a key: the same key draws the same anywhere, any time."""
+    """A random generator of its own for a key of plain numbers and texts (NumPy's have another
+    repr): the same key draws the same anywhere, any time."""
     return random.Random(repr(key))
 
 
@@ -355,6 +356,11 @@ def reason(error):
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def own_micro_batches(cfg, processes):
+    """The numbers k of this process's micro-batches in a step."""
+    return range(processes.rank, cfg.batch_size // cfg.micro_batch, processes.world_size)
+
+
 class TrainSampler:
     """Micro-batches of this rank, from step `start` on, without end.
 
@@ -367,19 +373,18 @@ class TrainSampler:
     def __init__(self, num_images, cfg, processes, start=0):
         self.num_images, self.batch, self.micro = num_images, cfg.batch_size, cfg.micro_batch
         self.repeats, self.seed, self.start = cfg.repeats, cfg.seed, start
-        self.ks = range(processes.rank, self.batch // self.micro, processes.world_size)
+        self.epoch_steps, self.ks = cfg.epoch_steps, own_micro_batches(cfg, processes)
 
     def __iter__(self):
-        epoch_steps = max(1, self.num_images // self.batch)   # 1: a benchmark on less than a batch
         order, order_epoch = None, None
         for step in itertools.count(self.start):
-            epoch = step // epoch_steps
+            epoch, step_of_epoch = divmod(step, self.epoch_steps)
             if epoch != order_epoch:
                 order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
                 order_epoch = epoch
             for k in self.ks:
-                v = step % epoch_steps * self.batch + k * self.micro + np.arange(self.micro)
-                indices = order[v // self.repeats % self.num_images]
+                v = step_of_epoch * self.batch + k * self.micro + np.arange(self.micro)
+                indices = order[v // self.repeats % self.num_images]   # %: see make_config
                 yield epoch, step, k, indices, v % self.repeats
 
 
@@ -586,11 +591,10 @@ class Processes:
     def main_process_first(self, load):
         """Runs load() on local rank 0 first, then on the others, so a download happens once per
         node."""
-        for turn in (0, 1):
-            if turn == (self.local_rank > 0):
-                result = load()
-            self.wait()
-        return result
+        if self.local_rank == 0:
+            result = load()
+        self.wait()
+        return load() if self.local_rank else result
 
 
 @contextlib.contextmanager
@@ -703,7 +707,7 @@ class Answers:
 
     The file: a header (JSON: what the views and the teacher depend on), then class + 1 of each view
     as uint16, 0 where it was not asked yet. A view is a pure function of its place in the run:
-    step * batch + k * micro-batch + row.
+    step * batch + k * micro-batch + row. All processes write into it, so it is on a shared disk.
     """
 
     HEADER = 4096   # bytes
@@ -732,7 +736,8 @@ class Answers:
         self.compare(facts, processes)
         if self.known.max() > cfg.num_classes:
             raise InputError(f"{self.path} is damaged: it holds classes above {cfg.num_classes}.")
-        missing = np.count_nonzero(self.known[step * self.batch:] == 0)
+        rest = self.known[step * self.batch:]
+        missing = len(rest) - np.count_nonzero(rest)
         self.complete = not processes.max(missing)
         processes.print0(f"answers        {self.path}, {missing} of {views} views are left to ask")
 
@@ -801,10 +806,10 @@ def train_step(state, teacher, batches, cfg, processes):
     """One optimizer step over this process's micro-batches: `batches` yields them. Nothing is read
     back from the device, so that it never waits for the host."""
     device, net = processes.device, state.net
-    ks = range(processes.rank, cfg.batch_size // cfg.micro_batch, processes.world_size)
+    ks = own_micro_batches(cfg, processes)
     for group in state.optimizer.param_groups:
         group["lr"] = lr_at(state.step, cfg.peak_lr, cfg.min_lr, cfg.warmup_steps, cfg.total_steps)
-    for k in ks:   # the sampler's, too
+    for k in ks:
         asked = time.perf_counter()
         views, labels, boxes, unreadable = next(batches)
         state.data_time += time.perf_counter() - asked
@@ -890,8 +895,8 @@ def evaluate(models, loader, indices, size, batch, processes, stop_on_signal=Fal
 @contextlib.contextmanager
 def output_folder(path, processes):
     """Makes the folder and, on rank 0, locks it while the block runs, since two runs in one folder
-    would overwrite each other's saves; removes what killed runs left half-written. Raises
-    InputError if another run has the lock."""
+    would overwrite each other's saves; removes what killed runs left half-written, and at the end
+    the folder if nothing was written. Raises InputError if another run has the lock."""
     if processes.rank:
         yield
         return
@@ -908,7 +913,13 @@ def output_folder(path, processes):
         for name in os.listdir(path):
             if name.endswith(".tmp"):
                 os.remove(os.path.join(path, name))
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if os.listdir(path) == [".lock"]:
+                    os.remove(lock.name)
+                    os.rmdir(path)
 
 
 def save(path, write, keep=None):
@@ -967,7 +978,7 @@ def save_state(state, cfg, processes, is_best=False):
     said and the run goes on. Returns 0 if all was written, 2 if not even best.pt was, else 1."""
     if state.answers:
         state.answers.save(processes)
-    checkpoint = to_cpu(state.state_dict(processes))
+    checkpoint = state.state_dict(processes)
     check_finite(state, checkpoint["totals"][0], cfg)
     checkpoint |= {"epoch": state.step // cfg.epoch_steps, "config": state.model.config,
                    "classes": cfg.classes, "flags": cfg.flags, "preprocessing": {
@@ -976,6 +987,7 @@ def save_state(state, cfg, processes, is_best=False):
                        "std": list(deit.IMAGENET_STD)}}
     missing = 0
     if processes.rank == 0:
+        checkpoint = to_cpu(checkpoint)
         try:
             missing = 2   # if the next write fails
             if is_best:
@@ -1113,7 +1125,7 @@ def make_config(args, processes, train, val, saved=None):
     if cfg.peak_lr < cfg.min_lr:
         raise InputError(f"the peak learning rate, {args.lr} x {batch} / 512 views, is below "
                          f"--min-lr {args.min_lr}: raise --lr or lower --min-lr.")
-    cfg.epoch_steps = max(1, len(train) // batch)
+    cfg.epoch_steps = max(1, len(train) // batch)   # 1: a benchmark on less than a batch
     cfg.total_steps = args.epochs * cfg.epoch_steps
     cfg.warmup_steps = round(cfg.warmup_epochs * cfg.epoch_steps)
     cfg.flags = {f: getattr(cfg, f) for f in vars(args)} | {
@@ -1394,15 +1406,14 @@ def train(args, processes):
     del saved
     teacher = make_teacher(cfg, state, train_images, val_loader, processes)
     print_start(state, cfg, train_images, val_images, processes)
-    with output_folder(output, processes):
-        if from_previous and os.path.exists(paths["last.pt"]) and processes.rank == 0:
-            os.replace(paths["last.pt"], paths["last.pt"] + ".damaged")   # or it becomes prev
-        board = make_board(cfg, state, processes)
-        save_log(cfg, state.log, processes)
-        if step == 0 and save_state(state, cfg, processes):
-            raise InputError(f"nothing can be saved in {output}: make room, or choose another "
-                             "--output.")
-        train_epochs(state, teacher, batches, cfg, train_images, val_loader, board, processes)
+    if from_previous and os.path.exists(paths["last.pt"]) and processes.rank == 0:
+        os.replace(paths["last.pt"], paths["last.pt"] + ".damaged")   # or it becomes prev
+    board = make_board(cfg, state, processes)
+    save_log(cfg, state.log, processes)
+    if step == 0 and save_state(state, cfg, processes):
+        raise InputError(f"nothing can be saved in {output}: make room, or choose another "
+                         "--output.")
+    train_epochs(state, teacher, batches, cfg, train_images, val_loader, board, processes)
     return state.log
 
 
@@ -1819,7 +1830,7 @@ def main(argv=None):
         if args.eval or args.benchmark:
             result = (run_eval if args.eval else run_benchmark)(args, processes)
         else:
-            with caught_signals(processes):
+            with caught_signals(processes), output_folder(output_paths(args)[0], processes):
                 result = train(args, processes)
         processes.leave()
         return result
