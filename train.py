@@ -11,7 +11,8 @@
 
 DIR holds train/<class>/<image> and val/<class>/<image>. The file goes from small to large. The
 method: schedule, augmentation, data, processes, training step, evaluation. Then what a long run
-needs: saving, configuration, the loop, --eval, --benchmark, flags, the demo.
+needs: saving, configuration, the loop, --eval, --benchmark, flags, the demo. To follow a run from
+its start, read main, train, train_epochs, train_step.
 
 Random draws are keyed, not stored: the order of an epoch by (seed, epoch), a view by (seed, epoch,
 image, view), the draws on the device by (seed, step, k), where k is the micro-batch's number in the
@@ -1023,7 +1024,7 @@ def read_last(paths, processes):
 # once there is a save. Then the remedies for a run that diverged or met a smaller memory.
 FREE = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
         "save_minutes", "tensorboard", "finetune", "pretrained", "teacher_answers", "teacher",
-        "teacher_weights", "local_rank"}   # of a teacher its weights' hash counts: make_teacher
+        "teacher_weights", "local_rank"}   # of a teacher its weights' hash counts: check_teacher
 REMEDIES = {"lr", "min_lr", "clip_grad", "amp", "micro_batch", "compile"}
 
 
@@ -1363,8 +1364,8 @@ def end_epoch(state, cfg, times, train_images, val_loader, processes):
 
 
 def train(args, processes):
-    """Trains args.model on args.data; returns the log, one record per epoch. Once a signal has
-    come, saves and exits. Raises InputError."""
+    """Trains args.model on args.data, within output_folder; returns the log, one record per epoch.
+    Once a signal has come, saves and exits. Raises InputError."""
     output, paths = output_paths(args)
     if not args.resume and any(map(os.path.exists, paths.values())):
         raise InputError(f"{output} holds a run: add --resume to go on with it, or choose another "
