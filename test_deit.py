@@ -1262,6 +1262,7 @@ def test_bad_flags_get_one_sentence_before_anything_is_written():
         ("--model deit_huge --distillation hard", "neither one of torchvision's"),
         ("--model regnet_y_400mf --patch-size 8 --distillation hard", "patch_size is for DeiT"),
         ("--model vit_b_32 --distillation none", "is for DeiT"),
+        ("--model deit_tiny_distiled_patch16_224", "published name (deit_tiny_distilled_patch"),
         ("--model deit_tiny_patch16_224", "add it, or drop both"),
         ("--distillation none", "take --model deit_tiny_patch16_224"),
         ("--teacher regnet_z", "neither one of torchvision's classifiers"),

@@ -1684,6 +1684,8 @@ def check(args, defaults):
     flags = ("teacher", "teacher_weights", "teacher_answers", "alpha", "tau")
     given = [f for f in flags if getattr(args, f) != defaults[f]]
     if given and not args.distillation and args.model not in DISTILLED:
+        if ":" not in args.model:
+            deit.released_url(args.model)   # a misspelt name is said first
         raise InputError(f"--{given[0].replace('_', '-')} is given, but {args.model} learns from a "
                          "teacher only with --distillation hard or soft: add it, or drop both.")
     if args.pretrained and args.finetune:
