@@ -510,9 +510,12 @@ def released_url(name, weights="DEFAULT"):
     models = torchvision_models()
     known = name in models.list_models(module=models)
     entries = models.get_model_weights(name).__members__ if known else {}
+    source = name if weights == "DEFAULT" else weights
+    if weights not in entries and os.path.isdir(source):
+        raise InputError(f"{source} is a folder: give a file in it, such as best.pt.")
     if weights not in entries:
-        raise InputError(f"'{name if weights == 'DEFAULT' else weights}' is neither a file nor a "
-                         f"URL nor a published name ({', '.join(entries) or close_names(name)}).")
+        raise InputError(f"'{source}' is neither a file nor a URL nor a published name "
+                         f"({', '.join(entries) or close_names(name)}).")
     return entries[weights].url
 
 
@@ -533,7 +536,8 @@ def download(url):
         torch.hub.download_url_to_file(url, path, sha256 and sha256[1], sys.stderr.isatty())
     except Exception as e:   # OSError, RuntimeError (the hash), HTTPException, ...
         if not there:
-            raise InputError(f"{url} could not be downloaded ({e}): give a file instead.") from e
+            raise InputError(f"{url} could not be downloaded ({e}): give the path of a file "
+                             "instead (train.py: --finetune or --teacher-weights).") from e
         print(f"{url} could not be downloaded ({e}): the copy of an earlier start is used.")
     return path
 
@@ -674,7 +678,7 @@ def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
                              "module:function (in Python: model=).")
         if model not in (None, name) and not (":" in name and ":" in model):
             raise InputError(f"{source} holds a {name or 'nameless DeiT'}, not a {model}: "
-                             "give its own name.")
+                             "give that name.")
         created = create_classifier(**config | {"name": model or name or None} | overrides)
         count = config.get("num_classes", len(classes or ()))
         if classes and [type(c) for c in classes] != [str] * count:

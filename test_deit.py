@@ -1001,6 +1001,9 @@ def test_a_part_for_validation_is_chosen_by_name_and_stays_when_images_come():
         log, said = run(*flags, "0.3", data="train")
         assert log[-1]["val_images"] == len(chosen(0, 0.3))
         assert f"{len(chosen(0.3, 1))} training" in said
+        for fraction in ("0.3", "0.4"):
+            _, said = run("--eval", "o/last.pt", "--val-fraction", fraction, data="train")
+            assert ("it has seen some of these images" in said) == (fraction == "0.4")
 
 
 def test_a_broken_training_image_is_replaced_and_a_broken_validation_image_is_wrong():
@@ -1265,6 +1268,7 @@ def test_bad_flags_get_one_sentence_before_anything_is_written():
         ("--model deit_tiny_distiled_patch16_224", "published name (deit_tiny_distilled_patch"),
         ("--model deit_tiny_patch16_224", "add it, or drop both"),
         ("--distillation none", "take --model deit_tiny_patch16_224"),
+        ("--teacher-weights ..", ".. is a folder: give a file in it"),
         ("--teacher regnet_z", "neither one of torchvision's classifiers"),
         ("--teacher vit_b_32", "vit_b_32 does not turn images of 32 px into 3 logits"),
         ("--teacher-weights IMAGENET1K_V9", "neither a file nor a URL"),
@@ -1272,6 +1276,7 @@ def test_bad_flags_get_one_sentence_before_anything_is_written():
         ("--finetune /no/such.pt", "neither a file nor a URL nor a published name"),
         ("--finetune w.pth", "another architecture"),
         ("--eval /no/such.pt", "neither a file nor a URL nor a published name"),
+        ("--eval ..", ".. is a folder: give a file in it"),
         ("--batch-size 100", "fewer than a batch of 100"),
         ("--micro-batch 5", "take --micro-batch 4 or --batch-size 10"),
         ("--img-size 30", "not a multiple of patch_size 8"),
@@ -1486,7 +1491,7 @@ def test_a_run_goes_on_only_when_asked_from_a_save_of_its_own_and_to_its_end():
         torch.save(last, "o/last.pt")
         for phrase, *flags in (
                 ("add --resume",),
-                ("of a run with other seed: give", "--resume", "--seed", "7", "--lr", "6e-4"),
+                ("of a run with other seed (0, now 7): give", "--resume", "--seed", "7", "--lr", "6e-4"),
                 ("of a run with other val_fraction", "--resume", "--val-fraction", "0.1", "--data",
                  f"{shared_images()}/train")):
             with raises(phrase, SystemExit):
@@ -1512,8 +1517,10 @@ def test_a_remedy_may_be_new_when_a_run_goes_on_and_is_said():
                    "--min-lr from 1e-05 to 1e-06"):
         assert change in said, change
     assert [r["epoch"] for r in log] == [1, 2, 3]
-    assert configured().micro_batch == 12
-    assert configured(saved={"flags": {"micro_batch": 4}}).micro_batch == 4, "the former default"
+    for flags, cfg in (({"micro_batch": 12, "lr": 5e-4, "clip_grad": 0.0}, configured()),
+                       (saved := {"micro_batch": 4, "lr": 6e-4, "clip_grad": 1.0},
+                        configured(saved={"flags": saved}))):   # not given again: it stays
+        assert all(getattr(cfg, f) == flags[f] for f in flags) and cfg.peak_lr == cfg.lr * 12 / 512
 
 
 def test_the_same_teacher_from_another_path_goes_on_and_another_teacher_is_refused():
@@ -1528,7 +1535,8 @@ def test_the_same_teacher_from_another_path_goes_on_and_another_teacher_is_refus
         flags = [*FLAGS, "--resume", "--finetune", "w.pth", "--teacher-weights"]
         with raises("has other weights than at the start of this run", SystemExit):
             run(*flags, "u.pth")
-        assert len(run(*flags, "v.pth")[0]) == 3
+        log, said = run(*flags, "v.pth")
+        assert len(log) == 3 and "--teacher-weights from t.pth to v.pth" in said
 
 
 def test_best_pt_is_the_best_model_even_if_last_pt_cannot_be_written():

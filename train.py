@@ -1023,9 +1023,9 @@ def read_last(paths, processes):
 # What may differ when a run is resumed: where and how it runs, and what does not change its result
 # once there is a save. Then the remedies for a run that diverged or met a smaller memory.
 FREE = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
-        "save_minutes", "tensorboard", "finetune", "pretrained", "teacher_answers", "teacher",
-        "teacher_weights", "local_rank"}   # of a teacher its weights' hash counts: check_teacher
-REMEDIES = {"lr", "min_lr", "clip_grad", "amp", "micro_batch", "compile"}
+        "save_minutes", "tensorboard", "finetune", "pretrained", "teacher_answers", "local_rank"}
+REMEDIES = {"lr", "min_lr", "clip_grad", "amp", "micro_batch", "compile",
+            "teacher", "teacher_weights"}   # whose weights must be the same: check_teacher
 
 
 def check_resume(saved, cfg, processes):
@@ -1041,7 +1041,8 @@ def check_resume(saved, cfg, processes):
     before = vars(parse([])) | saved["flags"] | {"classes": saved["classes"]}
     now = cfg.flags | {"classes": cfg.classes}
     changed = [f for f in now if f not in FREE and now[f] != before.get(f)]
-    fixed = [f for f in changed if f not in REMEDIES]
+    fixed = [f if isinstance(now[f], list) else f"{f} ({before.get(f)}, now {now[f]})"
+             for f in changed if f not in REMEDIES]
     if fixed:
         raise InputError(f"{path} is of a run with other {', '.join(fixed)}: give the same again, "
                          "or another --output.")
@@ -1097,8 +1098,9 @@ def output_paths(args):
 
 def make_config(args, processes, train, val, saved=None):
     """One checked configuration from the flags: every flag, with what follows where it was not
-    given, and what is derived from them. saved: the checkpoint to go on from, whose micro-batch is
-    the default. cfg.flags is what a checkpoint keeps of it. Raises InputError."""
+    given, and what is derived from them. saved: the checkpoint to go on from, whose --lr,
+    --clip-grad and --micro-batch are the defaults. cfg.flags is what a checkpoint keeps of it.
+    Raises InputError."""
     cfg = types.SimpleNamespace(**vars(args))
     cfg.output, cfg.paths = output_paths(args)
     cfg.distillation = args.distillation or ("hard" if args.model in DISTILLED else "none")
@@ -1106,8 +1108,11 @@ def make_config(args, processes, train, val, saved=None):
     cfg.img_size = args.img_size or own_size
     cfg.classes, cfg.num_classes = train.classes, len(train.classes)
     batch, world_size = args.batch_size, processes.world_size
-    former = saved.get("flags", {}).get("micro_batch") if saved else None
-    micro = args.micro_batch or former or max(1, min(128, batch // world_size))
+    former = saved.get("flags", {}) if saved else {}
+    for name, default in (("lr", 5e-4), ("clip_grad", 0.0)):
+        if getattr(args, name) is None:
+            setattr(cfg, name, former.get(name, default))
+    micro = args.micro_batch or former.get("micro_batch") or max(1, min(128, batch // world_size))
     if batch < micro * world_size or batch % (micro * world_size):
         nearest = max(1, round(batch / (micro * world_size))) * micro * world_size
         fitting = [m for m in range(1, micro) if batch % (m * world_size) == 0]
@@ -1118,13 +1123,13 @@ def make_config(args, processes, train, val, saved=None):
         raise InputError(f"{train.root} holds {len(train)} images, fewer than a batch of {batch}: "
                          "lower --batch-size.")
     cfg.micro_batch, cfg.grad_accum_steps = micro, batch // (micro * world_size)
-    cfg.peak_lr = args.lr * batch / 512
+    cfg.peak_lr = cfg.lr * batch / 512
     if args.min_lr is None:
         cfg.min_lr = 1e-5 if cfg.peak_lr > 1e-5 else cfg.peak_lr / 10
     if args.warmup_epochs is None:
         cfg.warmup_epochs = min(5.0, args.epochs / 5)
     if cfg.peak_lr < cfg.min_lr:
-        raise InputError(f"the peak learning rate, {args.lr} x {batch} / 512 views, is below "
+        raise InputError(f"the peak learning rate, {cfg.lr} x {batch} / 512 views, is below "
                          f"--min-lr {args.min_lr}: raise --lr or lower --min-lr.")
     cfg.epoch_steps = max(1, len(train) // batch)   # 1: a benchmark on less than a batch
     cfg.total_steps = args.epochs * cfg.epoch_steps
@@ -1230,7 +1235,7 @@ def try_teacher(teacher, val_loader, cfg, processes):
     if cfg.teacher_weights != "none" and accuracy / 100 <= bound:
         what = (f"the teacher is right on {accuracy:.1f} % of {len(some)} validation images, no "
                 f"better than chance: its classes are in another order than {cfg.data}'s, or it is "
-                "not trained")
+                "not trained (see --teacher-weights)")
         if len(some) >= 200:
             raise InputError(what + ".")
         processes.print0(f"warning        {what} (or the images are too few to tell).")
@@ -1363,9 +1368,9 @@ def end_epoch(state, cfg, times, train_images, val_loader, processes):
     return missing
 
 
-def train(args, processes):
-    """Trains args.model on args.data, within output_folder; returns the log, one record per epoch.
-    Once a signal has come, saves and exits. Raises InputError."""
+def find_save(args, processes):
+    """The save to go on from; None: a new run starts. Raises InputError rather than overwrite the
+    files of another run."""
     output, paths = output_paths(args)
     if not args.resume and any(map(os.path.exists, paths.values())):
         raise InputError(f"{output} holds a run: add --resume to go on with it, or choose another "
@@ -1376,6 +1381,13 @@ def train(args, processes):
     if saved is None and os.path.exists(paths["best.pt"]):
         raise InputError(f"{output} holds best.pt, but no last.pt to go on from: move it away, or "
                          "choose another --output.")
+    return saved
+
+
+def train(args, processes):
+    """Trains args.model on args.data, within output_folder; returns the log, one record per epoch.
+    Once a signal has come, saves and exits. Raises InputError."""
+    saved = find_save(args, processes)
     train_images, val_images = load_images(args, processes.print0)
     cfg = make_config(args, processes, train_images, val_images, saved)
     if saved:
@@ -1403,16 +1415,16 @@ def train(args, processes):
     state = State(model, cfg, processes)
     if saved:
         state.load_state_dict(saved, processes, train_images)
-    from_previous = saved and saved["source"] == paths["last.prev.pt"]
+    from_previous = saved and saved["source"] == cfg.paths["last.prev.pt"]
     del saved
     teacher = make_teacher(cfg, state, train_images, val_loader, processes)
     print_start(state, cfg, train_images, val_images, processes)
-    if from_previous and os.path.exists(paths["last.pt"]) and processes.rank == 0:
-        os.replace(paths["last.pt"], paths["last.pt"] + ".damaged")   # or it becomes prev
+    if from_previous and os.path.exists(cfg.paths["last.pt"]) and processes.rank == 0:
+        os.replace(cfg.paths["last.pt"], cfg.paths["last.pt"] + ".damaged")   # or it becomes prev
     board = make_board(cfg, state, processes)
     save_log(cfg, state.log, processes)
     if step == 0 and save_state(state, cfg, processes):
-        raise InputError(f"nothing can be saved in {output}: make room, or choose another "
+        raise InputError(f"nothing can be saved in {cfg.output}: make room, or choose another "
                          "--output.")
     train_epochs(state, teacher, batches, cfg, train_images, val_loader, board, processes)
     return state.log
@@ -1470,6 +1482,10 @@ def run_eval(args, processes):
     scores, unreadable = evaluate({"model": model}, loader, np.arange(len(folder)), size,
                                   args.micro_batch or 128, processes)
     processes.print0(f"{args.eval}: {len(folder)} images at {size} px, {processes.precision}")
+    before = deit.read_checkpoint(args.eval).get("flags", {}).get("val_fraction", part[1])
+    if args.val_fraction and before < args.val_fraction:
+        processes.print0(f"warning        it was trained with --val-fraction {before}: it has seen "
+                         "some of these images, if they are of the same folder")
     print_unreadable(unreadable, folder, "images, counted as wrong", processes)
     titles = {"cls": "class head", "dist": "distillation head", "both": "both"}
     for key in titles if getattr(model, "num_tokens", 1) == 2 else ("cls",):
@@ -1622,12 +1638,12 @@ def parse(argv):
     add("--batch-size", "views per optimizer step, over all processes", 1024)
     add("--micro-batch", "views in one forward pass, which are mixed together [128, or batch / "
         "processes if that is less]", kind=int)
-    add("--lr", "peak learning rate, per 512 views", 5e-4)
+    add("--lr", "peak learning rate, per 512 views [0.0005]", kind=float)
     add("--min-lr", "floor of the cosine [1e-5, or a tenth of a peak below that]", kind=float)
     add("--warmup-epochs", "of linear warm-up from 1e-6 [5, or a fifth of a short run]", kind=float)
     add("--weight-decay", "of AdamW", 0.05)
     add("--smoothing", "of the true labels", 0.1)
-    add("--clip-grad", "largest gradient norm, 0: off", 0.0)
+    add("--clip-grad", "largest gradient norm, 0: off [0]", kind=float)
     add("--ema-decay", "of averaged weights, kept in last.pt, 0: off", 0.99996)
 
     add = group("augmentation")
