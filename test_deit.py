@@ -1577,8 +1577,8 @@ def test_a_full_disk_keeps_the_former_save_and_training_goes_on():
 def in_background(*argv):
     """train.py in a process of its own, from its first save into the folder o on."""
     command = [sys.executable, f"{HERE}/train.py", *argv, "--output", "o"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                          text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                          env=os.environ | {"TMPDIR": os.getcwd()}) as process:
         while not os.path.exists("o/last.pt"):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.1)
@@ -1597,6 +1597,7 @@ def test_a_run_whose_data_vanish_ends_with_a_sentence_and_its_workers():
             said = process.communicate(timeout=25)[1]   # a worker that is left would keep it open
         assert process.returncode == 1 and "can be read" in said and "Traceback" not in said, said
         assert os.path.exists("o/last.pt"), "the last save stands"
+        assert not list(Path().glob("pymp-*")), "nothing is left in the temporary folder"
 
 
 def test_two_runs_cannot_share_an_output_and_a_killed_one_holds_no_lock():

@@ -29,7 +29,7 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import pathlib
 import random
@@ -465,6 +465,7 @@ def make_loader(dataset, items, processes):
     """A loader of whole micro-batches and its first iterator. Its workers run from now on, for all
     later iterators too: they are forked before the process group is joined, since forking among the
     group's threads can hang."""
+    multiprocessing.util.get_temp_dir()   # for the workers too: a killed one would leave its own
     chosen = multiprocessing.get_start_method(allow_none=True)   # by a program that calls main
     fork = processes.workers and sys.platform == "linux" and not chosen
     loader = torch.utils.data.DataLoader(
