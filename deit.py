@@ -9,7 +9,7 @@ teacher appears in the loss, never in the network.
 
 Letters:  B images    S image side     P patch side       G = S/P patches per side
           D width     N = T + G*G      T special tokens: 2 (class, distillation) or 1 (class)
-          K classes   h heads          d = D/h width of one head       n tokens with queries, of N
+          K classes   h heads          d = D/h width of one head       n first tokens, if not all N
 
 From image to logits, in DeiT-Ti (S 224, P 16, D 192, h 3, K 1000):
   images                            (B, 3, S, S)   (B, 3, 224, 224)
@@ -440,7 +440,7 @@ def close_names(name):
 
 class Classifier(nn.Module):
     """Gives a module, images (B, 3, S, S) -> logits (B, K), what a DeiT has: config, classes and
-    heads(). Writes nothing onto the module and keeps its parameters' names."""
+    heads(). Writes nothing onto the module; its state dict is the module's."""
 
     def __init__(self, module, **config):
         super().__init__()
@@ -486,7 +486,7 @@ def create_classifier(name=None, num_classes=1000, **overrides):
         model = models.get_model(name, weights=None, num_classes=num_classes)
         if getattr(model, "aux_logits", False):
             raise InputError(f"'{name}' has auxiliary heads: take a classifier with one output.")
-        model.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)   # train.make_model undoes it on a GPU
         published = models.get_model_weights(name).DEFAULT.transforms
         size = size or published.keywords["crop_size"]
     if overrides:

@@ -779,6 +779,8 @@ def test_parameter_groups_are_the_released_ones():
     assert sorted(decayed + exempt) == sorted(names.values())
     matrices = {name for name in names.values() if name.endswith(".weight") and "norm" not in name}
     assert set(decayed) == matrices | {"dist_token"}
+    inside = train.parameter_groups(deit.Classifier(model), 0.05)   # a user's module:function
+    assert all([*map(id, a["params"])] == [*map(id, b["params"])] for a, b in zip(inside, groups))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1491,7 +1493,7 @@ def test_a_run_goes_on_only_when_asked_from_a_save_of_its_own_and_to_its_end():
         torch.save(last, "o/last.pt")
         for phrase, *flags in (
                 ("add --resume",),
-                ("of a run with other seed (0, now 7): give", "--resume", "--seed", "7", "--lr", "6e-4"),
+                ("other seed (0, now 7): give", "--resume", "--seed", "7", "--lr", "6e-4"),
                 ("of a run with other val_fraction", "--resume", "--val-fraction", "0.1", "--data",
                  f"{shared_images()}/train")):
             with raises(phrase, SystemExit):
@@ -1969,8 +1971,10 @@ def test_answers_of_other_views_or_of_another_teacher_are_refused():
         Path("a").write_bytes(file)
         Path("headless").write_bytes(file[HEADER:])
         Path("one missing").write_bytes(file[:-2] + bytes(2))
+        Path("older").write_bytes(file.replace(b'"mixup": 0.8', b'"mixed": 0.8'))   # no mixup
         for phrase, *flags in (("is of another seed: 0, now 1", "a", "--seed", "1"),
                                ("is of another mixup: 0.8, now 0.0", "a", "--mixup", "0"),
+                               ("is of another mixup: 0.8, now 0.0", "older", "--mixup", "0"),
                                ("another teacher: mine:net, now mine:plain", "a", "--teacher",
                                 "mine:plain"),
                                ("no probabilities", "a", "--distillation", "soft"),

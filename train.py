@@ -66,7 +66,7 @@ def lr_at(step, peak_lr, min_lr, warmup_steps, total_steps, start=1e-6):
 def parameter_groups(model, weight_decay):
     """AdamW's two groups. As released: biases, norms, pos_embed and cls_token do not decay, but
     dist_token does (the list of exemptions of the time did not name it)."""
-    named = list(model.named_parameters())
+    named = list(getattr(model, "module", model).named_parameters())   # module: of a Classifier
     no_decay = {n for n, p in named if p.ndim <= 1} | {"pos_embed", "cls_token"}
     return [{"params": [p for n, p in named if n not in no_decay], "weight_decay": weight_decay},
             {"params": [p for n, p in named if n in no_decay], "weight_decay": 0.0}]
@@ -107,8 +107,9 @@ def crop_box(width, height, rng):
     return left, top, left + w, top + h
 
 
-# Flags that change a view's pixels. A new augmentation: its function here, its flag in parse() and
-# check(), its name in this list, or an old file of --teacher-answers would be accepted for it.
+# Flags that change a view's pixels: a file of --teacher-answers is of these. A new augmentation
+# has a function, a call (train_transform or train_step), a value in TrainDataset, a flag in parse
+# and check, and its name in this list.
 VIEW_FLAGS = ("seed", "img_size", "batch_size", "micro_batch", "repeats", "randaugment", "mixup",
               "cutmix", "erasing")
 FILL = (124, 116, 104)   # ImageNet's mean colour, for what moves in from outside
@@ -296,7 +297,7 @@ class ImageFolder:
             chosen = "" if part == (0, 1) else "among those that --val-fraction chooses "
             raise InputError(f"{root} holds no images {chosen}({' '.join(SUFFIXES)}).")
         counts = list(map(len, images))
-        self.numbers = np.arange(len(images), dtype=np.int32).repeat(counts)   # folder of each
+        self.folder_of = np.arange(len(images), dtype=np.int32).repeat(counts)
         self.starts = np.cumsum([0] + [len(name) for name in names])   # first byte, and the end
         self.names = np.frombuffer(b"".join(names), np.uint8)
         self.renumber(classes or self.folders)
@@ -323,7 +324,7 @@ class ImageFolder:
                              f"{', '.join(strange[:3])} ({len(strange)} in all).")
         number = {name: i for i, name in enumerate(classes)}
         self.classes = list(classes)
-        self.labels = np.array([number[n] for n in self.folders], np.int32)[self.numbers]
+        self.labels = np.array([number[n] for n in self.folders], np.int32)[self.folder_of]
 
     def __len__(self):
         return len(self.labels)
@@ -385,7 +386,7 @@ class TrainSampler:
                 order_epoch = epoch
             for k in self.ks:
                 v = step_of_epoch * self.batch + k * self.micro + np.arange(self.micro)
-                indices = order[v // self.repeats % self.num_images]   # %: see make_config
+                indices = order[v // self.repeats % self.num_images]   # %: in a tiny benchmark
                 yield epoch, step, k, indices, v % self.repeats
 
 
@@ -404,8 +405,8 @@ class TrainDataset:
 
     def decode(self, i, unreadable):
         """Image i or the next of its class that can be read; reasons are added to unreadable."""
-        folder, number = self.folder, self.folder.numbers[i]
-        start, stop = folder.numbers.searchsorted([number, number + 1])
+        folder, number = self.folder, self.folder.folder_of[i]
+        start, stop = folder.folder_of.searchsorted([number, number + 1])
         for j in itertools.chain(range(i, stop), range(start, i)):
             try:
                 return folder.open(j)
@@ -632,8 +633,8 @@ class State:
 
     model: the raw network (saved, evaluated); net: the same, compiled and wrapped (trained); ema:
     averaged weights, or None. totals: sums over this epoch and this process's micro-batches: loss,
-    share of views that agree with the teacher, micro-batches, skipped steps (in float64, where
-    rounding does not show). data_time: seconds spent waiting for views.
+    share of views that agree with the teacher, micro-batches, skipped steps. data_time: seconds
+    spent waiting for views.
     """
 
     def __init__(self, model, cfg, processes):
@@ -649,8 +650,8 @@ class State:
         self.scaler = torch.amp.GradScaler(processes.device.type,
                                            enabled=processes.amp == torch.float16)
         self.step, self.best, self.log = 0, -1.0, []
-        wide = torch.float32 if processes.device.type == "mps" else torch.float64
-        self.totals = torch.zeros(4, dtype=wide, device=processes.device)
+        dtype = torch.float32 if processes.device.type == "mps" else torch.float64
+        self.totals = torch.zeros(4, dtype=dtype, device=processes.device)
         self.bad_in_a_row = torch.zeros((), device=processes.device)   # steps, see check_finite
         self.unreadable, self.data_time = {}, 0.0
         self.answers = None   # Answers, with --teacher-answers; in a file of their own
@@ -678,7 +679,7 @@ class State:
                 "totals": processes.sum(self.totals).tolist(),
                 "unreadable": sorted(self.unreadable)}
 
-    def load_state_dict(self, saved, processes, train):
+    def load_state_dict(self, saved, processes, train_images):
         self.model.load_state_dict(saved["model"])
         if self.ema:
             self.ema.load_state_dict(saved["ema"])
@@ -688,8 +689,8 @@ class State:
         self.step, self.best, self.log = saved["step"], saved["best"], saved["log"]
         if processes.rank == 0:
             self.totals += self.totals.new_tensor(saved["totals"])
-        reasons = {i: train.why_unreadable(i) for i in saved["unreadable"]}   # mended since?
-        self.unreadable = {i: reason for i, reason in reasons.items() if reason}
+        reasons = {i: train_images.why_unreadable(i) for i in saved["unreadable"]}
+        self.unreadable = {i: why for i, why in reasons.items() if why}   # not mended since
 
     def count(self, loss, dist_logits, answer):
         """Adds a micro-batch to the totals, on the device. One whose loss overflows in fp16, where
@@ -708,7 +709,7 @@ class Answers:
     learning rate or architecture, needs no teacher.
 
     The file: a header (JSON: what the views and the teacher depend on), then class + 1 of each view
-    as uint16, 0 where it was not asked yet. A view is a pure function of its place in the run:
+    as uint16, 0 where it was not asked yet. A view depends on its image and its place in the run:
     step * batch + k * micro-batch + row. All processes write into it, so it is on a shared disk.
     """
 
@@ -727,7 +728,7 @@ class Answers:
         try:
             if processes.rank == 0:
                 if not os.path.exists(self.path):
-                    self.write_header(facts)
+                    save(self.path, lambda f: f.write(self.header(facts)))
                 self.read_header()   # so that a file of something else stays as it is
                 os.truncate(self.path, max(self.HEADER + 2 * views, os.path.getsize(self.path)))
             processes.wait()
@@ -747,14 +748,15 @@ class Answers:
         with open(self.path, "rb") as f:
             return json.loads(f.read(self.HEADER))
 
-    def write_header(self, facts):
-        with open(self.path, "r+b" if os.path.exists(self.path) else "wb") as f:
-            f.write(json.dumps(facts).encode().ljust(self.HEADER))
+    def header(self, facts):
+        return json.dumps(facts).encode().ljust(self.HEADER)
 
     def compare(self, facts, processes):
+        # parse([]): flags that are newer than the file had their defaults
+        before = vars(parse([])) | self.facts
         for name, now in facts.items():
-            if self.facts.get(name, now) != now:
-                other = f"{self.path} is of another {name}: {self.facts[name]}, now {now}"
+            if before.get(name, now if name == "teacher's weights" else None) != now:
+                other = f"{self.path} is of another {name}: {before.get(name)}, now {now}"
                 if name != "precision" and not name.startswith("version"):
                     raise InputError(f"{other}; give the same again, or another --teacher-answers.")
                 processes.print0(f"warning        {other}; answers may differ slightly")
@@ -764,7 +766,8 @@ class Answers:
         self.teacher, weights = teacher, {"teacher's weights": teacher.sha256}
         self.compare(weights, processes)
         if processes.rank == 0 and not weights.items() <= self.facts.items():
-            self.write_header(self.facts | weights)
+            with open(self.path, "r+b") as f:
+                f.write(self.header(self.facts | weights))
 
     def ask(self, images, step, k, processes):
         """Predicted classes (m,), from the file or, where it lacks one, from the teacher."""
@@ -812,9 +815,9 @@ def train_step(state, teacher, batches, cfg, processes):
     for group in state.optimizer.param_groups:
         group["lr"] = lr_at(state.step, cfg.peak_lr, cfg.min_lr, cfg.warmup_steps, cfg.total_steps)
     for k in ks:
-        asked = time.perf_counter()
+        start = time.perf_counter()
         views, labels, boxes, unreadable = next(batches)
-        state.data_time += time.perf_counter() - asked
+        state.data_time += time.perf_counter() - start
         state.unreadable |= unreadable
         rng = rng_for(cfg.seed, "device", state.step, k)
         torch.manual_seed(rng.getrandbits(63))   # for erasing's noise and drop path
@@ -976,8 +979,9 @@ def check_finite(state, total_loss, cfg):
 
 def save_state(state, cfg, processes, is_best=False):
     """Writes best.pt if is_best (without what only going on needs), then last.pt (the former
-    becomes last.prev.pt) and log.jsonl. Called by all processes, written by rank 0. A failure is
-    said and the run goes on. Returns 0 if all was written, 2 if not even best.pt was, else 1."""
+    becomes last.prev.pt) and log.jsonl. Called by all processes, written by rank 0. A write that
+    fails is said and the run goes on. Returns 0 if all was written, 2 if not even best.pt was, else
+    1. Raises InputError if the state is not finite."""
     if state.answers:
         state.answers.save(processes)
     checkpoint = state.state_dict(processes)
@@ -1021,12 +1025,12 @@ def read_last(paths, processes):
     return None
 
 
-# What may differ when a run is resumed: where and how it runs, and what does not change its result
-# once there is a save. Then the remedies for a run that diverged or met a smaller memory.
+# FREE may differ when a run is resumed: where and how it runs, what counts at its start only.
+# REMEDIES too, and it is printed: for a run that diverged, for a smaller memory.
 FREE = {"data", "output", "resume", "eval", "benchmark", "workers", "device", "log_every",
         "save_minutes", "tensorboard", "finetune", "pretrained", "teacher_answers", "local_rank"}
 REMEDIES = {"lr", "min_lr", "clip_grad", "amp", "micro_batch", "compile",
-            "teacher", "teacher_weights"}   # whose weights must be the same: check_teacher
+            "teacher", "teacher_weights"}   # their path: the weights must be the same
 
 
 def check_resume(saved, cfg, processes):
@@ -1072,7 +1076,7 @@ def load_images(args, print0=print):
     else:
         train = ImageFolder(where[0])
         val = ImageFolder(where[1], train.classes)
-    held = set(train.numbers.tolist())
+    held = set(train.folder_of.tolist())
     empty = [name for i, name in enumerate(train.folders) if i not in held]
     if empty:
         beside = " beside those of --val-fraction" if args.val_fraction else ""
@@ -1196,6 +1200,7 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
             check_teacher(state.answers.facts.get("teacher's weights"), cfg)
             return state.answers
     weights = None if cfg.teacher_weights == "none" else cfg.teacher_weights
+    torch.manual_seed(rng_for(cfg.seed, "teacher").getrandbits(63))   # for random weights
     teacher = processes.main_process_first(lambda: deit.load_teacher(
         cfg.teacher, weights, cfg.num_classes, img_size=cfg.img_size))
     must_accept(teacher, cfg.teacher, cfg.img_size, cfg.num_classes)
@@ -1315,8 +1320,8 @@ def print_unreadable(unreadable, folder, what, processes, limit=3):
 
 def save_if_due(state, cfg, processes, late=False):
     """Saves if rank 0 is late with a save, or if a signal has come to any process, which then ends
-    the program. Returns whether it saved."""
-    due = processes.max(2 * processes.signal + late)   # one exchange a step for both
+    the program. Returns whether a save was due."""
+    due = processes.max(2 * processes.signal + late)   # 0: no, 1: late, above: a signal
     if not due:
         return False
     missing = save_state(state, cfg, processes)
@@ -1524,7 +1529,7 @@ def peak_memory_mib(device):
 def run_benchmark(args, processes):
     """--benchmark: times the loader, the teacher, the run's own train_step on one batch again and
     again, the same with the loader, and validation; prints a table and, as the last line, a JSON
-    object. Rates are views per second of all processes. Nothing is saved. Raises InputError."""
+    object. Rates are views per second of all processes. Saves no checkpoint. Raises InputError."""
     train_images, val_images = load_images(args, processes.print0)
     cfg = make_config(args, processes, train_images, val_images)
     val_loader, batches = make_loaders(train_images, val_images, cfg, processes)
@@ -1766,7 +1771,7 @@ def draw_demo(folder, counts=(("train", 2400), ("val", 1200)), size=80):
 
 
 DEMO_PLAIN = ("--img-size 48 --batch-size 64 --repeats 1 --randaugment 0 --mixup 0 --cutmix 0 "
-              "--erasing 0 --smoothing 0 --ema-decay 0")   # crops and flips: pictures this small
+              "--erasing 0 --smoothing 0 --ema-decay 0")   # only crops and flips
 DEMO_TEACHER = f"--model train:demo_regnet {DEMO_PLAIN} --epochs 12 --warmup-epochs 2 --lr 4e-3"
 DEMO_STUDENT = (f"{DEMO_PLAIN} --patch-size 8 --embed-dim 128 --depth 4 --num-heads 4 "
                 "--drop-path 0 --epochs 16 --warmup-epochs 3 --lr 3e-3")
