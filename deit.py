@@ -33,6 +33,7 @@ import contextlib
 import copy
 import difflib
 import hashlib
+import inspect
 import math
 import os
 import pkgutil
@@ -473,8 +474,10 @@ def create_classifier(name=None, num_classes=1000, **overrides):
             sys.path.insert(0, os.getcwd())
         try:
             function = pkgutil.resolve_name(name)
-        except (ImportError, AttributeError, ValueError) as e:
-            raise InputError(f"{name} cannot be imported ({e}): give module:function.") from e
+            inspect.signature(function).bind(num_classes)
+        except (ImportError, AttributeError, TypeError, ValueError) as e:
+            raise InputError(f"{name} cannot be used ({e}): give module:function, which is called "
+                             "with the number of classes.") from e
         model = function(num_classes)
         if not isinstance(model, nn.Module):
             raise InputError(f"{name} returned a {type(model).__name__}, not an nn.Module.")
@@ -537,7 +540,7 @@ def download(url):
     except Exception as e:   # OSError, RuntimeError (the hash), HTTPException, ...
         if not there:
             raise InputError(f"{url} could not be downloaded ({e}): give the path of a file "
-                             "instead (train.py: --finetune or --teacher-weights).") from e
+                             "instead (--finetune, --teacher-weights; deit.py: --weights).") from e
         print(f"{url} could not be downloaded ({e}): the copy of an earlier start is used.")
     return path
 

@@ -997,7 +997,7 @@ def test_a_part_for_validation_is_chosen_by_name_and_stays_when_images_come():
             os.link("train/2/0.JPEG", f"train/2/{n}.JPEG")
         assert chosen(0, 0.3) >= val and chosen(0.3, 1) >= rest
         for data, fraction, phrase in ((".", "0.3", "leave it out, or give the folder"),
-                                       ("train", "1e-9", "among those that --val-fraction")):
+                                       ("train", "1e-9", "too few for --val-fraction")):
             with raises(phrase, SystemExit):
                 run(*flags, fraction, data=data)
         log, said = run(*flags, "0.3", data="train")
@@ -1869,8 +1869,8 @@ def test_any_module_can_teach_and_nothing_is_written_onto_it():
         assert "agreement" in log[-1]
         for phrase, name in (("into 3 logits each (it gives (1, 4))", "mine:wrong"),
                              ("returned a NoneType", "mine:nothing"),
-                             ("cannot be imported", "mine:missing"),
-                             ("cannot be imported", "no_such:net")):
+                             ("cannot be used", "mine:missing"), ("arguments", "os:getcwd"),
+                             ("cannot be used", "no_such:net")):
             with raises(phrase, SystemExit):
                 run(*flags, name, "--output", "p")
 
@@ -1970,6 +1970,7 @@ def test_answers_of_other_views_or_of_another_teacher_are_refused():
         Path("mine.py").write_text(MINE.replace("seed(4)", "seed(5)"))
         Path("a").write_bytes(file)
         Path("headless").write_bytes(file[HEADER:])
+        torch.save(deit.create_classifier("mine:net", 3).state_dict(), "w.pt")
         Path("one missing").write_bytes(file[:-2] + bytes(2))
         Path("older").write_bytes(file.replace(b'"mixup": 0.8', b'"mixed": 0.8'))   # no mixup
         for phrase, *flags in (("is of another seed: 0, now 1", "a", "--seed", "1"),
@@ -1979,6 +1980,7 @@ def test_answers_of_other_views_or_of_another_teacher_are_refused():
                                 "mine:plain"),
                                ("no probabilities", "a", "--distillation", "soft"),
                                ("--teacher-answers headless cannot be used", "headless"),
+                               ("another teacher's weights", "a", "--teacher-weights", "w.pt"),
                                ("another teacher's weights", "one missing")):
             with raises(phrase, SystemExit):
                 run(*ANSWERED, "--teacher-answers", *flags)

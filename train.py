@@ -294,8 +294,8 @@ class ImageFolder:
         images = [self.list_images(folder) for folder in self.folders]
         names = list(itertools.chain(*images))
         if not names:
-            chosen = "" if part == (0, 1) else "among those that --val-fraction chooses "
-            raise InputError(f"{root} holds no images {chosen}({' '.join(SUFFIXES)}).")
+            few = "" if part == (0, 1) else ", or too few for --val-fraction: raise it"
+            raise InputError(f"{root} holds no images ({' '.join(SUFFIXES)}){few}.")
         counts = list(map(len, images))
         self.folder_of = np.arange(len(images), dtype=np.int32).repeat(counts)
         self.starts = np.cumsum([0] + [len(name) for name in names])   # first byte, and the end
@@ -1196,7 +1196,7 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     if cfg.teacher_answers and (os.path.exists(cfg.teacher_answers) or not cfg.benchmark):
         # a benchmark begins no file
         state.answers = Answers(cfg, train_images, processes, state.step)
-        if state.answers.complete:
+        if state.answers.complete and not os.path.isfile(cfg.teacher_weights):
             check_teacher(state.answers.facts.get("teacher's weights"), cfg)
             return state.answers
     weights = None if cfg.teacher_weights == "none" else cfg.teacher_weights
