@@ -1196,7 +1196,8 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     if cfg.teacher_answers and (os.path.exists(cfg.teacher_answers) or not cfg.benchmark):
         # a benchmark begins no file
         state.answers = Answers(cfg, train_images, processes, state.step)
-        if state.answers.complete and not os.path.isfile(cfg.teacher_weights):
+        given = processes.max(int(os.path.isfile(cfg.teacher_weights)))   # then it is compared
+        if state.answers.complete and not given:
             check_teacher(state.answers.facts.get("teacher's weights"), cfg)
             return state.answers
     weights = None if cfg.teacher_weights == "none" else cfg.teacher_weights
