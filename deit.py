@@ -513,10 +513,10 @@ def released_url(name, weights="DEFAULT"):
     models = torchvision_models()
     known = name in models.list_models(module=models)
     entries = models.get_model_weights(name).__members__ if known else {}
-    source = name if weights == "DEFAULT" else weights
-    if weights not in entries and os.path.isdir(source):
-        raise InputError(f"{source} is a folder: give a file in it, such as best.pt.")
     if weights not in entries:
+        source = name if weights == "DEFAULT" else weights
+        if os.path.isdir(source):
+            raise InputError(f"{source} is a folder: give a file in it, such as best.pt.")
         raise InputError(f"'{source}' is neither a file nor a URL nor a published name "
                          f"({', '.join(entries) or close_names(name)}).")
     return entries[weights].url

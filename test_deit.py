@@ -1519,10 +1519,12 @@ def test_a_remedy_may_be_new_when_a_run_goes_on_and_is_said():
                    "--min-lr from 1e-05 to 1e-06"):
         assert change in said, change
     assert [r["epoch"] for r in log] == [1, 2, 3]
-    for flags, cfg in (({"micro_batch": 12, "lr": 5e-4, "clip_grad": 0.0}, configured()),
-                       (saved := {"micro_batch": 4, "lr": 6e-4, "clip_grad": 1.0},
-                        configured(saved={"flags": saved}))):   # not given again: it stays
+    kept = {"micro_batch": 4, "lr": 6e-4, "min_lr": 2e-6, "clip_grad": 1.0}   # not given again
+    for flags, cfg in ((dict(micro_batch=12, lr=5e-4, min_lr=1e-5, clip_grad=0.0), configured()),
+                       (kept, configured(saved={"flags": kept}))):
         assert all(getattr(cfg, f) == flags[f] for f in flags) and cfg.peak_lr == cfg.lr * 12 / 512
+    lower = configured("--lr", "1e-5", saved={"flags": kept | {"min_lr": 1e-5}})
+    assert lower.min_lr == lower.peak_lr / 10, "a floor above the new peak goes down with it"
 
 
 def test_the_same_teacher_from_another_path_goes_on_and_another_teacher_is_refused():

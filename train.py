@@ -755,7 +755,7 @@ class Answers:
         # parse([]): flags that are newer than the file had their defaults
         before = vars(parse([])) | self.facts
         for name, now in facts.items():
-            if before.get(name, now if name == "teacher's weights" else None) != now:
+            if before.get(name) != now:
                 other = f"{self.path} is of another {name}: {before.get(name)}, now {now}"
                 if name != "precision" and not name.startswith("version"):
                     raise InputError(f"{other}; give the same again, or another --teacher-answers.")
@@ -764,8 +764,9 @@ class Answers:
     def set_teacher(self, teacher, processes):
         """Takes the teacher that answers what is missing, if it is the one of the file."""
         self.teacher, weights = teacher, {"teacher's weights": teacher.sha256}
-        self.compare(weights, processes)
-        if processes.rank == 0 and not weights.items() <= self.facts.items():
+        if weights.keys() <= self.facts.keys():
+            self.compare(weights, processes)
+        elif processes.rank == 0:
             with open(self.path, "r+b") as f:
                 f.write(self.header(self.facts | weights))
 
@@ -1103,7 +1104,8 @@ def output_paths(args):
 
 def make_config(args, processes, train, val, saved=None):
     """One checked configuration from the flags: every flag, with what follows where it was not
-    given, and what is derived from them. saved: the checkpoint to go on from, whose --lr,
+    given, and what is derived from them: peak_lr, grad_accum_steps, epoch_steps, total_steps,
+    warmup_steps, paths, classes. saved: the checkpoint to go on from, whose --lr, --min-lr,
     --clip-grad and --micro-batch are the defaults. cfg.flags is what a checkpoint keeps of it.
     Raises InputError."""
     cfg = types.SimpleNamespace(**vars(args))
@@ -1130,7 +1132,9 @@ def make_config(args, processes, train, val, saved=None):
     cfg.micro_batch, cfg.grad_accum_steps = micro, batch // (micro * world_size)
     cfg.peak_lr = cfg.lr * batch / 512
     if args.min_lr is None:
-        cfg.min_lr = 1e-5 if cfg.peak_lr > 1e-5 else cfg.peak_lr / 10
+        cfg.min_lr = former.get("min_lr", math.inf)
+        if cfg.min_lr > cfg.peak_lr:
+            cfg.min_lr = 1e-5 if cfg.peak_lr > 1e-5 else cfg.peak_lr / 10
     if args.warmup_epochs is None:
         cfg.warmup_epochs = min(5.0, args.epochs / 5)
     if cfg.peak_lr < cfg.min_lr:
@@ -1196,7 +1200,8 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     if cfg.teacher_answers and (os.path.exists(cfg.teacher_answers) or not cfg.benchmark):
         # a benchmark begins no file
         state.answers = Answers(cfg, train_images, processes, state.step)
-        given = processes.max(int(os.path.isfile(cfg.teacher_weights)))   # then it is compared
+        # a complete file needs no teacher, but weights that are given are compared with its own
+        given = processes.max(int(os.path.isfile(cfg.teacher_weights)))
         if state.answers.complete and not given:
             check_teacher(state.answers.facts.get("teacher's weights"), cfg)
             return state.answers
@@ -1411,6 +1416,7 @@ def train(args, processes):
     step = saved["step"] if saved else 0
     val_loader, batches = make_loaders(train_images, val_images, cfg, processes, step)
     processes.join()
+    # log_every: at the live line the processes add up their totals
     processes.check_same(step=step, device=processes.device.type, precision=processes.precision, **{
         f: value for f, value in cfg.flags.items() if f not in FREE or f == "log_every"})
 
@@ -1489,10 +1495,11 @@ def run_eval(args, processes):
     scores, unreadable = evaluate({"model": model}, loader, np.arange(len(folder)), size,
                                   args.micro_batch or 128, processes)
     processes.print0(f"{args.eval}: {len(folder)} images at {size} px, {processes.precision}")
-    before = deit.read_checkpoint(args.eval).get("flags", {}).get("val_fraction", part[1])
-    if args.val_fraction and before < args.val_fraction:
-        processes.print0(f"warning        it was trained with --val-fraction {before}: it has seen "
-                         "some of these images, if they are of the same folder")
+    if args.val_fraction:
+        before = deit.read_checkpoint(args.eval).get("flags", {}).get("val_fraction", part[1])
+        if before < args.val_fraction:
+            processes.print0(f"warning        it was trained with --val-fraction {before}: it has "
+                             "seen some of these images, if they are of the same folder")
     print_unreadable(unreadable, folder, "images, counted as wrong", processes)
     titles = {"cls": "class head", "dist": "distillation head", "both": "both"}
     for key in titles if getattr(model, "num_tokens", 1) == 2 else ("cls",):
