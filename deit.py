@@ -75,7 +75,7 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention: softmax(q k^T / sqrt(d)) v in each head, then a projection."""
 
-    fused = True   # PyTorch's fused kernel; False: the formula itself, equal to rounding
+    fused = True   # PyTorch's fused kernel; False: the formula itself, equal up to rounding
 
     def __init__(self, embed_dim, num_heads):
         super().__init__()
@@ -137,7 +137,7 @@ class Block(nn.Module):
             return x + branch
         keep = 1 - self.drop_path
         mask = branch.new_empty(len(x), 1, 1).bernoulli_(keep)    # (B, 1, 1), 0 or 1
-        return torch.addcmul(x, branch, mask, value=1 / keep)     # a number: never in bfloat16
+        return torch.addcmul(x, branch, mask, value=1 / keep)     # 1 / keep: exact in bfloat16 too
 
     def forward(self, x, n=None):
         """x (B, N, D) -> (B, n, D): only the first n tokens go on (None: all N)."""
@@ -201,7 +201,8 @@ class DeiT(nn.Module):
 
     def features(self, images, n=None):
         """images (B, 3, S, S) -> the first n tokens (None: all N) after the last norm (B, n, D).
-        The last block has no queries of the other tokens: a training step takes 7 % less time."""
+        With n, the last block skips the other tokens' queries: a training step takes 7 % less
+        time."""
         x = self.embed(images)                                    # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x)                                          # (B, N, D)
@@ -328,9 +329,9 @@ class Teacher(nn.Module):
     def drop_cast(self, *args):
         self.cast.clear()
 
-    def _apply(self, *args):     # .to(device) and the like
+    def _apply(self, *args, **kwargs):   # .to(device) and the like
         self.drop_cast()
-        return super()._apply(*args)
+        return super()._apply(*args, **kwargs)
 
     def __getstate__(self):      # of deepcopy and pickle
         return self.__dict__ | {"cast": {}}
@@ -370,10 +371,10 @@ def fuse(model, size):
 def load_teacher(name="regnet_y_16gf", weights="DEFAULT", num_classes=1000, *, img_size=None):
     """A frozen Teacher by name: torchvision's, a DeiT's, or "module:function".
 
-    weights: torchvision's name for them (DEFAULT: the best; a function's own), a file or URL (of
-    timm's RegNets too, as the paper's teacher), or None: random ones. img_size: side S of the
-    images, which a DeiT must know. Raises InputError: unknown names, another architecture or class
-    count."""
+    weights: DEFAULT (torchvision's best, or what the function itself sets), another name of
+    torchvision's, a file or URL (of timm's RegNets too, as the paper's teacher), or None: random.
+    img_size: side S of the images, which a DeiT must know. Raises InputError: unknown names,
+    another architecture or class count."""
     size = {} if img_size is None else {"img_size": img_size}
     if weights is None or (":" in name and weights == "DEFAULT"):
         model = create_classifier(name, num_classes, **size)
@@ -428,7 +429,8 @@ def torchvision_models():
     try:
         import torchvision.models
     except ImportError as e:
-        raise InputError(f"torchvision cannot be imported ({e}): pip install torchvision.") from e
+        raise InputError(f"torchvision cannot be imported ({e}): pip install torchvision (or is "
+                         "the name of a file or model misspelt?)") from e
     return torchvision.models
 
 
@@ -441,7 +443,8 @@ def close_names(name):
 
 class Classifier(nn.Module):
     """Gives a module, images (B, 3, S, S) -> logits (B, K), what a DeiT has: config, classes and
-    heads(). Writes nothing onto the module; its state dict is the module's."""
+    heads(). Writes nothing onto the module; its state dict is the module's, so inside another
+    module it is saved, but not loaded."""
 
     def __init__(self, module, **config):
         super().__init__()
@@ -468,7 +471,7 @@ def create_classifier(name=None, num_classes=1000, **overrides):
         return DeiT(num_classes=num_classes, **overrides)
     if name in VARIANTS:
         return create_model(name, num_classes=num_classes, **overrides)
-    size = overrides.pop("img_size", None)   # a convnet takes any; load_model's callers ask for it
+    size = overrides.pop("img_size", None)   # kept in config only: a convnet takes any
     if ":" in name:
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
@@ -502,7 +505,7 @@ def create_classifier(name=None, num_classes=1000, **overrides):
 # ------------------------------------------------------------------------------------------------
 
 def is_file_or_url(source):
-    return os.path.isfile(source) or re.match(r"(https?|file)://", source) is not None
+    return os.path.isfile(source) or re.match(r"(https?|file)://", str(source)) is not None
 
 
 def released_url(name, weights="DEFAULT"):
@@ -527,7 +530,7 @@ def download(url):
     SHA-256 (-1234abcd.pth) is downloaded once and checked. Any other is downloaded again by each
     program; if that fails, the cached copy is used. Raises InputError."""
     name = os.path.basename(url)
-    sha256 = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
+    sha256 = re.search(r"-(?!20\d{6}\.)([0-9a-f]{8,64})\.\w+$", name)   # no date
     if not sha256:   # names such as best.pt are not unique
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
@@ -601,9 +604,9 @@ def resize_pos_embed(pos_embed, model):
     """pos_embed (1, T + g*g, D) of a checkpoint -> (1, N, D) of this model: the patches' grid is
     interpolated bicubically (paper, section 3), the rest stays. Same size: unchanged."""
     T, G = model.num_tokens, model.config["img_size"] // model.config["patch_size"]
-    n = pos_embed.shape[1] if pos_embed.ndim == 3 else 0
-    g = math.isqrt(max(0, n - T))
-    if g in (0, G) or g * g + T != n:
+    length = pos_embed.shape[1] if pos_embed.ndim == 3 else 0
+    g = math.isqrt(max(0, length - T))
+    if g in (0, G) or g * g + T != length:
         return pos_embed                                          # fits, or load_weights refuses it
     tokens, grid = pos_embed.float().split([T, g * g], dim=1)
     grid = grid.unflatten(1, (g, g)).permute(0, 3, 1, 2)          # (1, D, g, g)
@@ -622,7 +625,7 @@ def load_weights(model, source, *, new_heads=True, classes=None, say=print):
     source, state, own = checkpoint["source"], copy.copy(checkpoint["model"]), model.state_dict()
     if isinstance(model, DeiT) and "pos_embed" in state:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], model)
-    renamed = classes is not None and checkpoint.get("classes") not in (None, classes)
+    renamed = classes is not None and checkpoint.get("classes") not in (None, list(classes))
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     for head in [n for n in linears if n in ("head", "head_dist")] or linears[-1:]:
         K, weight = len(own[f"{head}.weight"]), state.get(f"{head}.weight", torch.empty(0, 0))
@@ -669,7 +672,7 @@ def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
         model = model or source
     try:
         if config is None and model:
-            config = {"name": model}
+            config, new_heads = {"name": model}, new_heads and "num_classes" in overrides
         elif config is None:
             config = config_from_shapes(checkpoint["model"])
             if config["embed_dim"] not in (192, 384, 768) and "num_heads" not in overrides:
@@ -707,7 +710,7 @@ def to_rgb(image):
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = image.convert("RGBA")   # else Pillow warns
     image.load()   # the pixels, before the file is closed
     return image if image.mode == "RGB" else image.convert("RGB")
 
@@ -796,7 +799,7 @@ def main(argv=None):
                         help="attention heads, if the file does not tell")
     parser.add_argument("--attention", metavar="OUT.png", help="draw what the tokens look at")
     args = parser.parse_args(argv)
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # if a letter is missing
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # it may lack letters
     try:
         if args.photo:
             return classify(**vars(args))

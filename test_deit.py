@@ -472,6 +472,8 @@ def test_official_and_timm_files_load_strictly_and_tell_their_architecture():
         close(loaded.state_dict(), state, 0)
         with raises("blocks.2"):
             deit.load_weights(deit.create_model(TI, num_classes=5, depth=3), "w.pth")
+        with raises("5 classes in head, not 1000"):   # trained heads are not thrown away unasked
+            deit.load_model("w.pth", model=TI)
 
 
 def test_a_guessed_number_of_heads_is_said():
@@ -1142,6 +1144,17 @@ def test_the_live_line_stays_one_line_in_a_terminal_and_is_a_line_in_a_file():
         assert ("left \r\x1b[Kepoch   1" in said) == is_terminal
 
 
+def test_a_closed_terminal_or_pipe_does_not_end_a_run():
+    def broken(text):
+        raise BrokenPipeError
+
+    out = io.StringIO()
+    out.write = broken
+    argv = ["--data", shared_images(), *BASE_FLAGS, "--epochs", "2", "--output", "o"]
+    with working_folder(), contextlib.redirect_stdout(out):
+        assert len(train.main(argv)) == 2
+
+
 def test_workers_that_are_spawned_do_the_same():
     """As on Windows and macOS, where a worker starts empty and is sent the list of images."""
     flags = ["--epochs", "1", "--warmup-epochs", "0.5", "--workers"]
@@ -1236,7 +1249,8 @@ def test_only_what_a_user_can_mend_becomes_a_sentence():
             (full, "halve the micro-batch"),
             ("DataLoader worker (pid 7) is killed by signal: Bus error. ...", "--shm-size"),
             ("Caught RuntimeError ...\nunable to open shared memory: No space left", "No space"),
-            ("[...] Connection closed by peer [127.0.0.1]:1234", "another process")):
+            ("[...] Connection closed by peer [127.0.0.1]:1234", "another process"),
+            ("Expected to have finished reduction in the prior iteration ...", "freeze them")):
         assert phrase in train.error_message(RuntimeError(message))
     assert "halve the micro-batch" in train.error_message(torch.OutOfMemoryError("CUDA ..."))
     for bug in ("Caught RuntimeError in DataLoader worker process 0.\nTraceback ...\nbug",
@@ -1612,9 +1626,10 @@ def test_two_runs_cannot_share_an_output_and_a_killed_one_holds_no_lock():
                 raises("another run is writing into o", SystemExit):   # before it reads a save
             run(*flags, "--resume")
         Path("o/last.pt.1.tmp").touch()
+        Path("o/thesis.tmp").touch()   # of the user
         with watched(train, "epoch_line", crash), raises("", KeyboardInterrupt):
             run(*flags, "--resume")
-        assert not list(Path("o").glob("*.tmp"))
+        assert list(Path("o").glob("*.tmp")) == [Path("o/thesis.tmp")]
         with raises("knows ImageNet's 1000 classes", SystemExit):
             run("--teacher", "regnet_y_400mf", "--teacher-weights", "DEFAULT", "--output", "p")
         assert not os.path.exists("p"), "a refused run leaves no folder"
@@ -1654,12 +1669,14 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_with_what_would_fit(
 
 
 def test_processes_that_do_not_start_alike_are_refused():
-    def gather(self, facts):   # on rank 1 another flag
-        return [facts, facts | {"log_every": 7}]
+    for name, rest in (("log_every", "50 on rank 0, 7 on rank 1; give all of them the same flags"),
+                       ("epochs_done", "0 on rank 0"), ("teacher's weights", "")):
+        def gather(self, facts):   # on rank 1 another value
+            return [facts, facts | ({name: 7} if name in facts else {})]
 
-    phrase = "log_every is 50 on rank 0, 7 on rank 1; give all of them the same flags"
-    with working_folder(), patched(train.Processes, "gather", gather), raises(phrase, SystemExit):
-        run("--epochs", "2")
+        with working_folder(), patched(train.Processes, "gather", gather), \
+                raises(f"{name} is {rest}", SystemExit):
+            run("--epochs", "2")
 
 
 def test_processes_end_without_an_abort():
@@ -1840,6 +1857,7 @@ net = Net
 plain = lambda num_classes: Net(num_classes, logits=False)
 wrong = lambda num_classes: Net(num_classes + 1)
 nothing = lambda num_classes: None
+two = lambda num_classes: torch.nn.LSTM(32, num_classes)
 """
 
 
@@ -1870,7 +1888,7 @@ def test_any_module_can_teach_and_nothing_is_written_onto_it():
         log, _ = run(*flags, "mine:net")
         assert "agreement" in log[-1]
         for phrase, name in (("into 3 logits each (it gives (1, 4))", "mine:wrong"),
-                             ("returned a NoneType", "mine:nothing"),
+                             ("returned a NoneType", "mine:nothing"), ("logits each", "mine:two"),
                              ("cannot be used", "mine:missing"), ("arguments", "os:getcwd"),
                              ("cannot be used", "no_such:net")):
             with raises(phrase, SystemExit):
@@ -1973,6 +1991,7 @@ def test_answers_of_other_views_or_of_another_teacher_are_refused():
         Path("a").write_bytes(file)
         Path("headless").write_bytes(file[HEADER:])
         torch.save(deit.create_classifier("mine:net", 3).state_dict(), "w.pt")
+        Path("my.json").write_text("{}")
         Path("one missing").write_bytes(file[:-2] + bytes(2))
         Path("older").write_bytes(file.replace(b'"mixup": 0.8', b'"mixed": 0.8'))   # no mixup
         for phrase, *flags in (("is of another seed: 0, now 1", "a", "--seed", "1"),
@@ -1982,11 +2001,13 @@ def test_answers_of_other_views_or_of_another_teacher_are_refused():
                                 "mine:plain"),
                                ("no probabilities", "a", "--distillation", "soft"),
                                ("--teacher-answers headless cannot be used", "headless"),
+                               ("--teacher-answers my.json cannot be used", "my.json"),
                                ("another teacher's weights", "a", "--teacher-weights", "w.pt"),
                                ("another teacher's weights", "one missing")):
             with raises(phrase, SystemExit):
                 run(*ANSWERED, "--teacher-answers", *flags)
         assert Path("headless").read_bytes() == file[HEADER:], "another file stays as it is"
+        assert Path("my.json").read_text() == "{}"
         stopped(4, *ANSWERED[len(FLAGS):])   # by the live teacher of seed 5
         with raises("other weights than at the start of this run", SystemExit):
             run(*ANSWERED, "--teacher-answers", "a", "--resume")
@@ -2108,7 +2129,8 @@ def test_a_url_without_a_hash_is_fetched_anew_at_each_start():
             assert fetch(later) == value
         torch.save({"w": torch.tensor(3.0)}, "best.pt")
         assert fetch(deit.STARTED) == 2, "the copy of another process of this start"
-        os.remove("best.pt")
+        os.rename("best.pt", "best-20261231.pt")   # a date is no hash
+        assert deit.read_checkpoint(url + "best-20261231.pt")["model"]["w"] == 3
         value, said = quiet(fetch, later)
         assert value == 2 and "the copy of an earlier start is used" in said
 
@@ -2135,6 +2157,12 @@ def test_every_launcher_gets_a_run_or_a_sentence():
             patched(torch.cuda, "device_count", lambda: 1):
         with raises("finds only 1 GPUs: start as many processes"):
             train.Processes(None, "off", 0)
+        with patched(os, "environ", os.environ | {"WORLD_SIZE": "2"}), \
+                raises("--device cuda:0 is one GPU for all processes"):
+            train.Processes("cuda:0", "off", 0)
+    with working_folder(), patched(os, "environ", os.environ | {"RANK": "0"}), \
+            raises("start several processes with torchrun, or unset RANK", SystemExit):
+        run("--epochs", "2")
 
 
 def test_a_missing_compiler_is_said_before_anything_is_written():
@@ -2142,7 +2170,7 @@ def test_a_missing_compiler_is_said_before_anything_is_written():
         raise RuntimeError("no C++ compiler\nand ninety lines more")
 
     with working_folder(), patched(torch, "compile", lambda f: no_compiler):
-        with raises("--compile does not work here (no C++", SystemExit):
+        with raises("--compile does not work here (RuntimeError: no C++", SystemExit):
             run("--compile", "--epochs", "2")
         assert os.listdir() == []
 

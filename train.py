@@ -107,7 +107,7 @@ def crop_box(width, height, rng):
     return left, top, left + w, top + h
 
 
-# Flags that change a view's pixels: a file of --teacher-answers is of these. A new augmentation
+# Flags that change a view's pixels: --teacher-answers are valid for these only. A new augmentation
 # has a function, a call (train_transform or train_step), a value in TrainDataset, a flag in parse
 # and check, and its name in this list.
 VIEW_FLAGS = ("seed", "img_size", "batch_size", "micro_batch", "repeats", "randaugment", "mixup",
@@ -188,9 +188,11 @@ def mean_and_std(device):
 
 
 def normalise(views, device):
-    """uint8 (B, S, S, 3) -> float (B, 3, S, S) by ImageNet's mean and deviation, on the device."""
+    """uint8 (B, S, S, 3) -> float (B, 3, S, S) by ImageNet's mean and deviation, on the device; on
+    CUDA in the plain layout, see make_model."""
     mean, std = mean_and_std(device)
-    images = views.to(device, non_blocking=True).permute(0, 3, 1, 2).float()
+    layout = torch.contiguous_format if device.type == "cuda" else torch.preserve_format
+    images = views.to(device, non_blocking=True).permute(0, 3, 1, 2).float(memory_format=layout)
     return images.sub_(mean).div_(std)
 
 
@@ -198,8 +200,6 @@ def erase(images, boxes):
     """Fills each image's rectangle with Normal(0, 1), in place. images (B, 3, S, S); boxes (B, 4),
     on the CPU, so that the device is not asked which images have one."""
     rows = boxes[:, 2].nonzero()[:, 0]                                         # (R,)
-    if len(rows) == 0:
-        return images
     boxes, rows = (t.to(images.device, non_blocking=True) for t in (boxes[rows], rows))
     top, left, h, w = boxes.T[..., None, None, None]                           # (R, 1, 1, 1) each
     x = torch.arange(images.shape[-1], device=images.device)
@@ -255,7 +255,7 @@ def walk(root):
         found.append((folder, sorted(files)))
         for name in list(subfolders):
             path = os.path.join(folder, name)
-            above = (folder, *pathlib.Path(folder).parents) if os.path.islink(path) else ()
+            above = pathlib.Path(path).absolute().parents if os.path.islink(path) else ()
             if name[0] == "." or os.path.realpath(path) in map(os.path.realpath, above):
                 subfolders.remove(name)
     return sorted(found)
@@ -268,12 +268,12 @@ def class_order(names):
 
 
 class ImageFolder:
-    """The images of root/<class>/, at any depth, without hidden files: the list and order of
-    torchvision's ImageFolder, but classes named 0 ... K-1 are ordered by value.
+    """The images of root/<class>/, at any depth, without hidden files, in the order of
+    torchvision's ImageFolder, but classes named 0 ... K-1 by value.
 
     Names are held in one array: a Python list of a million would be copied into every worker by its
     reference counts. classes: the list that numbers the classes (None: this folder's own). part:
-    takes only images whose path below root has its hash, a number in 0..1, in this range. Paths of
+    takes only images whose path below root hashes into this range of 0..1. Paths of
     what is no image are kept in left_out. Raises InputError.
     """
 
@@ -512,6 +512,9 @@ class Processes:
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise InputError(f"--device {name}, but PyTorch finds no CUDA here: take --device cpu, "
                              "or install a driver and a CUDA build of PyTorch.")
+        if name.startswith("cuda:") and self.world_size > 1:
+            raise InputError(f"--device {name} is one GPU for all processes: give --device cuda, "
+                             "which takes one each.")
         try:
             device = torch.device(f"cuda:{self.local_rank}" if name == "cuda" else name)
             if device.type == "cuda" and device.index >= torch.cuda.device_count():
@@ -540,7 +543,8 @@ class Processes:
     def print0(self, text, end="\n"):
         """Prints on rank 0; in a terminal it clears what a longer line left."""
         if self.rank == 0:
-            print(("\x1b[K" if sys.stdout.isatty() else "") + text, end=end, flush=True)
+            with contextlib.suppress(OSError):   # a closed pipe or terminal, a full disk: go on
+                print(("\x1b[K" if sys.stdout.isatty() else "") + text, end=end, flush=True)
 
     def join(self):
         """Under torchrun the processes become a group, otherwise nothing happens."""
@@ -604,7 +608,7 @@ class Processes:
 def caught_signals(processes):
     """SIGTERM, SIGUSR1 (pre-emption), SIGINT (Ctrl-C) and SIGHUP (a closed terminal), unless it was
     ignored as under nohup, are only noted in processes.signal: the loop saves and stops. A fourth
-    signal ends the program at once, without a save."""
+    signal ends the program at once, without a save, unless it waits for other processes."""
     count, former = itertools.count(1), {}
 
     def note(number, frame):
@@ -641,8 +645,9 @@ class State:
         self.model = model.to(processes.device)
         self.net = torch.compile(model) if cfg.compile else model
         if dist.is_initialized():
-            self.net = torch.nn.parallel.DistributedDataParallel(   # buffers: see merge
-                self.net, gradient_as_bucket_view=True, broadcast_buffers=False)
+            self.net = torch.nn.parallel.DistributedDataParallel(
+                self.net, gradient_as_bucket_view=True)
+            self.net.broadcast_buffers = False   # see merge; as an argument it is deprecated
         self.ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema_decay else None
         self.optimizer = torch.optim.AdamW(
             parameter_groups(model, cfg.weight_decay), lr=cfg.peak_lr,
@@ -693,8 +698,8 @@ class State:
         self.unreadable = {i: why for i, why in reasons.items() if why}   # not mended since
 
     def count(self, loss, dist_logits, answer):
-        """Adds a micro-batch to the totals, on the device. One whose loss overflows in fp16, where
-        its step is skipped, is not counted; otherwise it shows in the totals."""
+        """Adds a micro-batch to the totals, on the device. In fp16 one with
+        infinite loss is not counted (its step is skipped); else check_finite finds it there."""
         one, agree = torch.ones_like(loss), torch.zeros_like(loss)
         if answer is not None:
             classes = answer if answer.ndim == 1 else answer.argmax(1)
@@ -746,7 +751,10 @@ class Answers:
 
     def read_header(self):
         with open(self.path, "rb") as f:
-            return json.loads(f.read(self.HEADER))
+            header = f.read(self.HEADER)
+        if len(header) < self.HEADER:
+            raise ValueError("it holds something else")
+        return json.loads(header)
 
     def header(self, facts):
         return json.dumps(facts).encode().ljust(self.HEADER)
@@ -917,7 +925,7 @@ def output_folder(path, processes):
         except (ImportError, OSError):
             pass   # Windows, or a disk without locks
         for name in os.listdir(path):
-            if name.endswith(".tmp"):
+            if name.startswith(("last.pt.", "best.pt.", "log.jsonl.")) and name.endswith(".tmp"):
                 os.remove(os.path.join(path, name))
         try:
             yield
@@ -968,8 +976,8 @@ def save_log(cfg, log, processes):
 
 
 def check_finite(state, total_loss, cfg):
-    """Raises InputError if loss or gradients are not finite; fp16's scaler skips such steps, but 20
-    in a row are too many."""
+    """Raises InputError if loss or gradients are not finite; fp16's scaler skips such steps, but
+    more than 20 in a row are too many."""
     limit = 20 if state.scaler.is_enabled() else 0
     if not math.isfinite(total_loss) or state.bad_in_a_row > limit:
         raise InputError(f"loss or gradients are not finite at step {state.step}, loss "
@@ -1160,8 +1168,8 @@ def check_compiler(processes):
     try:
         torch.compile(lambda x: x + 1)(torch.ones(1, device=processes.device))
     except Exception as e:   # no compiler, no Triton, no write access to a cache
-        raise InputError(f"--compile does not work here ({str(e).strip().splitlines()[0]}): "
-                         "install a C++ compiler (on a GPU Triton too), or leave it out.") from e
+        raise InputError(f"--compile does not work here ({reason(e)}): install a C++ compiler (on "
+                         "a GPU Triton too), or leave it out.") from e
 
 
 def must_accept(model, name, size, num_classes):
@@ -1173,9 +1181,9 @@ def must_accept(model, name, size, num_classes):
             shape = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape)
         if shape != (1, num_classes):
             raise ValueError(f"it gives {shape}")
-    except (RuntimeError, AssertionError, ValueError) as e:
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as e:
         raise InputError(f"{name} does not turn images of {size} px into {num_classes} logits each "
-                         f"({str(e).splitlines()[0]}).") from e
+                         f"({str(e).split(chr(10))[0] or repr(e)}).") from e
     return model.train(mode)
 
 
@@ -1187,7 +1195,7 @@ def make_model(cfg, processes):
         given = {"drop_path": 0.1} | given
     torch.manual_seed(rng_for(cfg.seed, "weights").getrandbits(63))
     model = deit.create_classifier(cfg.model, cfg.num_classes, **given)
-    if processes.device.type == "cuda":   # a RegNet once trained 3 times slower in channels-last
+    if processes.device.type == "cuda":   # RegNets once trained 3 times slower in channels-last
         model.to(memory_format=torch.contiguous_format)
     return must_accept(model, cfg.model, cfg.img_size, cfg.num_classes)
 
@@ -1200,7 +1208,7 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     if cfg.teacher_answers and (os.path.exists(cfg.teacher_answers) or not cfg.benchmark):
         # a benchmark begins no file
         state.answers = Answers(cfg, train_images, processes, state.step)
-        # a complete file needs no teacher, but weights that are given are compared with its own
+        # complete: no teacher is needed, but a file of weights, if given, is compared
         given = processes.max(int(os.path.isfile(cfg.teacher_weights)))
         if state.answers.complete and not given:
             check_teacher(state.answers.facts.get("teacher's weights"), cfg)
@@ -1210,6 +1218,7 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     teacher = processes.main_process_first(lambda: deit.load_teacher(
         cfg.teacher, weights, cfg.num_classes, img_size=cfg.img_size))
     must_accept(teacher, cfg.teacher, cfg.img_size, cfg.num_classes)
+    processes.check_same(**{"teacher's weights": teacher.sha256})   # nodes may hold unlike files
     if teacher.classes not in (None, cfg.classes):
         strange = [name for name in teacher.classes if name not in cfg.classes] or teacher.classes
         raise InputError(f"the teacher {weights} was trained on other classes than {cfg.data}'s: "
@@ -1408,17 +1417,19 @@ def train(args, processes):
             save_log(cfg, saved["log"], processes)
             processes.print0(f"finished       nothing left to do, best top-1 {saved['best']:.2f} %")
             return saved["log"]
-    if cfg.compile:
-        check_compiler(processes)
 
     # Workers are forked first. They get the checkpoint's step, not its tensors: read_checkpoint
     # maps these from the disk, and they are read below.
     step = saved["step"] if saved else 0
     val_loader, batches = make_loaders(train_images, val_images, cfg, processes, step)
+    if cfg.compile:
+        check_compiler(processes)
     processes.join()
     # log_every: at the live line the processes add up their totals
-    processes.check_same(step=step, device=processes.device.type, precision=processes.precision, **{
-        f: value for f, value in cfg.flags.items() if f not in FREE or f == "log_every"})
+    processes.check_same(
+        step=step, epochs_done=len(saved["log"]) if saved else 0, device=processes.device.type,
+        precision=processes.precision,
+        **{f: v for f, v in cfg.flags.items() if f not in FREE or f == "log_every"})
 
     model = make_model(cfg, processes)
     initial = cfg.model if cfg.pretrained else cfg.finetune
@@ -1460,8 +1471,9 @@ def train_epochs(state, teacher, batches, cfg, train_images, val_loader, board, 
         missing = end_epoch(state, cfg, times, train_images, val_loader, processes)
         times.epoch = times.save = time.perf_counter()
         if board:
-            for key, value in state.log[-1].items():
-                board.add_scalar(key, value, len(state.log))
+            with contextlib.suppress(OSError):   # a full disk; log.jsonl has it as well
+                for key, value in state.log[-1].items():
+                    board.add_scalar(key, value, len(state.log))
     if missing:
         raise InputError(f"the run is done, but its last save in {cfg.output} failed: make room "
                          "and add --resume, which repeats what is missing.")
@@ -1827,6 +1839,11 @@ def error_message(error):
     if "DataLoader worker (pid" in message or "shared memory" in message:
         return (f"a loader worker died ({message.splitlines()[-1]}): lower --workers or free "
                 "memory (in a container, raise --shm-size), then --resume from the last save.")
+    if "env:// rendezvous" in message:
+        return f"{message}: start several processes with torchrun, or unset RANK."
+    if "finished reduction" in message:   # DistributedDataParallel's
+        return ("some of the model's parameters have no gradient, which several processes cannot "
+                "train: freeze them, by requires_grad_(False).")
     if "Connection closed by peer" in message or "Connection reset by peer" in message:
         return "another process ended: see its message."
     return ""
@@ -1850,7 +1867,7 @@ def main(argv=None):
     """The program. A user's mistake raises SystemExit with one sentence; any other error ends the
     workers and is raised on."""
     processes = None
-    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # if a letter is missing
+    getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # it may lack letters
     others = multiprocessing.active_children()
     try:
         args = parse(argv)
