@@ -137,7 +137,7 @@ class Block(nn.Module):
             return x + branch
         keep = 1 - self.drop_path
         mask = branch.new_empty(len(x), 1, 1).bernoulli_(keep)    # (B, 1, 1), 0 or 1
-        return torch.addcmul(x, branch, mask, value=1 / keep)     # 1 / keep: exact in bfloat16 too
+        return torch.addcmul(x, branch, mask, value=1 / keep)     # 1 / keep: not in bfloat16
 
     def forward(self, x, n=None):
         """x (B, N, D) -> (B, n, D): only the first n tokens go on (None: all N)."""
@@ -664,8 +664,9 @@ def config_from_shapes(state):
 def load_model(source, *, model=None, new_heads=True, say=print, **overrides):
     """A model in evaluation mode from a checkpoint of train.py, an official or timm file
     (architecture from its shapes), or a published name. `.classes`: list of class names, or None.
-    model: the name that it must have; "module:function" if the file names one. new_heads, say: see
-    load_weights; overrides: see create_model. Raises InputError."""
+    model: the name that it must have; "module:function" if the file names one. A bare state dict
+    under a name has 1000 classes unless num_classes is given. new_heads, say: see load_weights;
+    overrides: see create_model. Raises InputError."""
     checkpoint = read_checkpoint(source)
     config, classes = checkpoint.get("config"), checkpoint.get("classes")
     if not is_file_or_url(source):

@@ -273,8 +273,8 @@ class ImageFolder:
 
     Names are held in one array: a Python list of a million would be copied into every worker by its
     reference counts. classes: the list that numbers the classes (None: this folder's own). part:
-    takes only images whose path below root hashes into this range of 0..1. Paths of
-    what is no image are kept in left_out. Raises InputError.
+    takes only images whose path below root hashes into this range of 0..1. Paths of what is no
+    image are kept in left_out. Raises InputError.
     """
 
     def __init__(self, root, classes=None, part=(0, 1)):
@@ -593,7 +593,7 @@ class Processes:
                 if others[name] != facts[name]:
                     raise InputError(f"the processes do not start alike: {name} is {facts[name]} "
                                      f"on rank {self.rank}, {others[name]} on rank {rank}; give "
-                                     "all of them the same flags, data and --output.")
+                                     "all of them the same flags, data, teacher and --output.")
 
     def main_process_first(self, load):
         """Runs load() on local rank 0 first, then on the others, so a download happens once per
@@ -698,8 +698,8 @@ class State:
         self.unreadable = {i: why for i, why in reasons.items() if why}   # not mended since
 
     def count(self, loss, dist_logits, answer):
-        """Adds a micro-batch to the totals, on the device. In fp16 one with
-        infinite loss is not counted (its step is skipped); else check_finite finds it there."""
+        """Adds a micro-batch to the totals, on the device. In fp16 one with infinite loss is not
+        counted (its step is skipped); else check_finite finds it there."""
         one, agree = torch.ones_like(loss), torch.zeros_like(loss)
         if answer is not None:
             classes = answer if answer.ndim == 1 else answer.argmax(1)
@@ -1182,8 +1182,9 @@ def must_accept(model, name, size, num_classes):
         if shape != (1, num_classes):
             raise ValueError(f"it gives {shape}")
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as e:
+        why = str(e).partition("\n")[0] or repr(e)
         raise InputError(f"{name} does not turn images of {size} px into {num_classes} logits each "
-                         f"({str(e).split(chr(10))[0] or repr(e)}).") from e
+                         f"({why}).") from e
     return model.train(mode)
 
 
@@ -1423,7 +1424,7 @@ def train(args, processes):
     step = saved["step"] if saved else 0
     val_loader, batches = make_loaders(train_images, val_images, cfg, processes, step)
     if cfg.compile:
-        check_compiler(processes)
+        check_compiler(processes)   # which starts threads, so after the fork
     processes.join()
     # log_every: at the live line the processes add up their totals
     processes.check_same(
