@@ -261,12 +261,6 @@ def walk(root):
     return sorted(found)
 
 
-def class_order(names):
-    """Sorted as text; folders that are exactly 0 ... K-1 by value."""
-    by_value = {str(i) for i in range(len(names))} == set(names)
-    return sorted(names, key=int if by_value else str)
-
-
 class ImageFolder:
     """The images of root/<class>/, at any depth, without hidden files, in the order of
     torchvision's ImageFolder, but classes named 0 ... K-1 by value.
@@ -284,7 +278,9 @@ class ImageFolder:
                              "it holds class folders only.")
         self.root, self.part, self.left_out = root, part, []
         entries = [e for e in os.scandir(root) if e.name[0] != "."]
-        self.folders = class_order([e.name for e in entries if e.is_dir()])
+        folders = {e.name for e in entries if e.is_dir()}
+        by_value = folders == {str(i) for i in range(len(folders))}   # exactly 0 ... K-1
+        self.folders = sorted(folders, key=int if by_value else str)
         self.left_out += sorted(e.path for e in entries if not e.is_dir())
         if not self.folders:
             flat = sum(path.lower().endswith(SUFFIXES) for path in self.left_out)
@@ -344,55 +340,34 @@ class ImageFolder:
             with Image.open(os.fsencode(self.path(i))) as image:
                 return deit.to_rgb(image)
 
-    def why_unreadable(self, i):
-        """Pillow's reason, "" if image i can be read."""
-        try:
-            self.open(i)
-            return ""
-        except Exception as e:
-            return reason(e)
-
 
 def reason(error):
     """What Pillow said, in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def own_micro_batches(cfg, processes):
-    """The numbers k of this process's micro-batches in a step."""
-    return range(processes.rank, cfg.batch_size // cfg.micro_batch, processes.world_size)
-
-
-class TrainSampler:
-    """Micro-batches of this rank, from step `start` on, without end.
+def train_items(num_images, cfg, step=0):
+    """This process's micro-batches from a step on, without end: items for TrainDataset.
 
     A step's batch is batch_size views in micro-batches numbered by k; rank r of w takes k = r,
     r + w, ... An epoch holds as many views as there are images, less the last incomplete batch;
     view v is number v % repeats of image order[v // repeats] (repeated augmentation: a third of the
     images, three views each, in the same batch where it fits).
     """
-
-    def __init__(self, num_images, cfg, processes, start=0):
-        self.num_images, self.batch, self.micro = num_images, cfg.batch_size, cfg.micro_batch
-        self.repeats, self.seed, self.start = cfg.repeats, cfg.seed, start
-        self.epoch_steps, self.ks = cfg.epoch_steps, own_micro_batches(cfg, processes)
-
-    def __iter__(self):
-        order, order_epoch = None, None
-        for step in itertools.count(self.start):
-            epoch, step_of_epoch = divmod(step, self.epoch_steps)
-            if epoch != order_epoch:
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
-                order_epoch = epoch
-            for k in self.ks:
-                v = step_of_epoch * self.batch + k * self.micro + np.arange(self.micro)
-                indices = order[v // self.repeats % self.num_images]   # %: in a tiny benchmark
-                yield epoch, step, k, indices, v % self.repeats
+    for epoch in itertools.count(step // cfg.epoch_steps):
+        order = np.random.default_rng([cfg.seed, epoch]).permutation(num_images)
+        begin = epoch * cfg.epoch_steps
+        for step in range(max(step, begin), begin + cfg.epoch_steps):
+            for k in cfg.ks:
+                first = (step - begin) * cfg.batch_size + k * cfg.micro_batch
+                v = first + np.arange(cfg.micro_batch)                         # (m,)
+                indices = order[v // cfg.repeats % num_images]   # %: in a tiny benchmark
+                yield epoch, step, k, indices, v % cfg.repeats
 
 
 class TrainDataset:
-    """Item (epoch, step, k, indices of images (m,), numbers of views (m,)) of the sampler -> uint8
-    views (m, S, S, 3), labels (m,), erasing boxes (m, 4), {index: reason} of unreadable images.
+    """Item (epoch, step, k, indices of images (m,), numbers of views (m,)) -> uint8 views
+    (m, S, S, 3), labels (m,), erasing boxes (m, 4), {index: reason} of unreadable images.
 
     Views of one image that follow each other come from one decoding. They are spread over the
     micro-batch by key, so that they are mixed with other images. The next image of the class stands
@@ -694,8 +669,11 @@ class State:
         self.step, self.best, self.log = saved["step"], saved["best"], saved["log"]
         if processes.rank == 0:
             self.totals += self.totals.new_tensor(saved["totals"])
-        reasons = {i: train_images.why_unreadable(i) for i in saved["unreadable"]}
-        self.unreadable = {i: why for i, why in reasons.items() if why}   # not mended since
+        for i in saved["unreadable"]:
+            try:
+                train_images.open(i)   # it was mended since
+            except Exception as e:
+                self.unreadable[i] = reason(e)
 
     def count(self, loss, dist_logits, answer):
         """Adds a micro-batch to the totals, on the device. In fp16 one with infinite loss is not
@@ -811,19 +789,13 @@ def ask(teacher, images, step, k, processes):
         return teacher(images) if teacher else None
 
 
-def pair(output):
-    """What a model in training returned, as (class logits, distillation logits)."""
-    return output if isinstance(output, tuple) else (output, output)
-
-
 def train_step(state, teacher, batches, cfg, processes):
     """One optimizer step over this process's micro-batches: `batches` yields them. Nothing is read
     back from the device, so that it never waits for the host."""
     device, net = processes.device, state.net
-    ks = own_micro_batches(cfg, processes)
     for group in state.optimizer.param_groups:
         group["lr"] = lr_at(state.step, cfg.peak_lr, cfg.min_lr, cfg.warmup_steps, cfg.total_steps)
-    for k in ks:
+    for k in cfg.ks:
         start = time.perf_counter()
         views, labels, boxes, unreadable = next(batches)
         state.data_time += time.perf_counter() - start
@@ -837,12 +809,13 @@ def train_step(state, teacher, batches, cfg, processes):
         # the teacher sees exactly the student's pixels
         answer = ask(teacher, images, state.step, k, processes)                # (m, K) or (m,)
         if dist.is_initialized():   # gradients are averaged over the processes once per step
-            net.require_backward_grad_sync = k == ks[-1]
+            net.require_backward_grad_sync = k == cfg.ks[-1]
         with processes.autocast():
-            cls_logits, dist_logits = pair(net(images))                        # (m, K) each
+            output = net(images)                                  # (m, K), of two heads two
+        cls_logits, dist_logits = output if isinstance(output, tuple) else (output, output)
         loss = deit.distillation_loss(cls_logits, dist_logits, targets, answer, cfg.distillation,
                                       cfg.alpha, cfg.tau)
-        state.scaler.scale(loss / cfg.grad_accum_steps).backward()
+        state.scaler.scale(loss / len(cfg.ks)).backward()
         state.count(loss.detach(), dist_logits, answer)
     state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
@@ -865,16 +838,15 @@ def train_step(state, teacher, batches, cfg, processes):
 
 @torch.no_grad()
 def evaluate(models, loader, indices, size, batch, processes, stop_on_signal=False):
-    """Accuracy of several models by one decoding. models: {name: network}; indices: of images in
-    the loader's folder. Returns {name: {"cls", "dist", "both": top-1 in percent, "cls5", "dist5",
-    "both5": top-5}} and {index: reason} of the unreadable ones, which count as wrong.
-    stop_on_signal: once a signal has come, the rest is left out, and the result is of no use."""
+    """Accuracy of several models, which stay in evaluation mode, by one decoding. models: {name:
+    network}; indices: of images in the loader's folder. Returns {name: {"cls", "dist", "both":
+    top-1 in percent, "cls5", "dist5", "both5": top-5}} and {index: reason} of the unreadable ones,
+    which count as wrong. stop_on_signal: a signal ends it, and the result is of no use."""
     device, all_labels = processes.device, loader.dataset.folder.labels
     mine = indices[processes.rank::processes.world_size]
     parts = [mine[i:i + batch] for i in range(0, len(mine), batch)]
     # The loader's sampler is this list: the next loop over the loader hands these items out.
     loader.sampler[:] = [(size, part, all_labels[part]) for part in parts]
-    training = [model.training for model in models.values()]
     for model in models.values():
         model.eval()
     hits = torch.zeros(len(models), 3, 2, device=device)   # model; cls, dist, both; top-1, top-5
@@ -890,8 +862,6 @@ def evaluate(models, loader, indices, size, batch, processes, stop_on_signal=Fal
             heads = torch.stack([cls_logits, dist_logits, (cls_logits + dist_logits) / 2])
             top = heads.topk(min(5, heads.shape[2]), dim=2).indices == labels  # (3, B, 5)
             row += torch.stack([top[..., 0].sum(1), top.sum((1, 2))], dim=1)   # (3, 2)
-    for model, mode in zip(models.values(), training):
-        model.train(mode)
     scores = {}
     for name, row in zip(models, processes.sum(hits).tolist()):
         scores[name] = {head + top: 100 * row[i][j] / len(indices)
@@ -909,8 +879,8 @@ def evaluate(models, loader, indices, size, batch, processes, stop_on_signal=Fal
 @contextlib.contextmanager
 def output_folder(path, processes):
     """Makes the folder and, on rank 0, locks it while the block runs, since two runs in one folder
-    would overwrite each other's saves; removes what killed runs left half-written, and at the end
-    the folder if nothing was written. Raises InputError if another run has the lock."""
+    would overwrite each other's saves; removes it at the end if nothing was written. Raises
+    InputError if another run has the lock."""
     if processes.rank:
         yield
         return
@@ -924,9 +894,6 @@ def output_folder(path, processes):
                              "another --output.") from e
         except (ImportError, OSError):
             pass   # Windows, or a disk without locks
-        for name in os.listdir(path):
-            if name.startswith(("last.pt.", "best.pt.", "log.jsonl.")) and name.endswith(".tmp"):
-                os.remove(os.path.join(path, name))
         try:
             yield
         finally:
@@ -940,7 +907,7 @@ def save(path, write, keep=None):
     """write(file) into a file beside `path`, onto the disk, then renamed: `path` is never
     half-written. The file that was there is renamed to `keep` first. Raises OSError; what was there
     is then still there, perhaps as `keep`."""
-    beside = f"{path}.{os.getpid()}.tmp"
+    beside = f"{path}.tmp"   # what a killed run left of it is overwritten
     try:
         with open(beside, "wb") as f:
             write(f)
@@ -972,7 +939,7 @@ def save_log(cfg, log, processes):
     """log.jsonl: one line per epoch."""
     if processes.rank == 0:
         lines = "".join(json.dumps(record) + "\n" for record in log)
-        save(cfg.paths["log.jsonl"], lambda f: f.write(lines.encode()))
+        save(f"{cfg.output}/log.jsonl", lambda f: f.write(lines.encode()))
 
 
 def check_finite(state, total_loss, cfg):
@@ -989,8 +956,8 @@ def check_finite(state, total_loss, cfg):
 def save_state(state, cfg, processes, is_best=False):
     """Writes best.pt if is_best (without what only going on needs), then last.pt (the former
     becomes last.prev.pt) and log.jsonl. Called by all processes, written by rank 0. A write that
-    fails is said and the run goes on. Returns 0 if all was written, 2 if not even best.pt was, else
-    1. Raises InputError if the state is not finite."""
+    fails is said and the run goes on; returns whether one failed. Raises InputError if the state is
+    not finite."""
     if state.answers:
         state.answers.save(processes)
     checkpoint = state.state_dict(processes)
@@ -1000,29 +967,29 @@ def save_state(state, cfg, processes, is_best=False):
                        "size": cfg.img_size, "crop_ratio": deit.CROP_RATIO,
                        "interpolation": "bicubic", "mean": list(deit.IMAGENET_MEAN),
                        "std": list(deit.IMAGENET_STD)}}
-    missing = 0
+    failed = 0
     if processes.rank == 0:
         checkpoint = to_cpu(checkpoint)
         try:
-            missing = 2   # if the next write fails
             if is_best:
+                checkpoint["best"] = state.log[-1]["both"]
                 best = checkpoint | dict.fromkeys(("ema", "optimizer", "scaler"))
-                save(cfg.paths["best.pt"], lambda f: torch.save(best, f))
-            missing = 1
-            save(cfg.paths["last.pt"], lambda f: torch.save(checkpoint, f),
-                 cfg.paths["last.prev.pt"])
+                save(f"{cfg.output}/best.pt", lambda f: torch.save(best, f))
+                state.best = checkpoint["best"]   # now: if it failed, the next good epoch is kept
+            save(f"{cfg.output}/last.pt", lambda f: torch.save(checkpoint, f),
+                 keep=f"{cfg.output}/last.prev.pt")
             save_log(cfg, state.log, processes)
-            missing = 0
         except OSError as e:
+            failed = 1
             processes.print0(f"not saved      {e}; the former save stands")
-    return processes.max(missing)
+    return processes.max(failed)
 
 
-def read_last(paths, processes):
+def read_last(output, processes):
     """last.pt or, if that is damaged or gone, last.prev.pt; None if there is neither. Raises
     InputError if none can be used."""
     reasons = []
-    for path in (paths["last.pt"], paths["last.prev.pt"]):
+    for path in (f"{output}/last.pt", f"{output}/last.prev.pt"):
         try:
             if os.path.exists(path):
                 return deit.read_checkpoint(path)
@@ -1103,21 +1070,12 @@ def load_images(args, print0=print):
     return train, val
 
 
-def output_paths(args):
-    """The output folder, and {name: path} of its files."""
-    output = args.output or os.path.join("runs", args.model.replace(":", "."))
-    names = "last.pt", "last.prev.pt", "best.pt", "log.jsonl"
-    return output, {name: os.path.join(output, name) for name in names}
-
-
 def make_config(args, processes, train, val, saved=None):
     """One checked configuration from the flags: every flag, with what follows where it was not
-    given, and what is derived from them: peak_lr, grad_accum_steps, epoch_steps, total_steps,
-    warmup_steps, paths, classes. saved: the checkpoint to go on from, whose --lr, --min-lr,
-    --clip-grad and --micro-batch are the defaults. cfg.flags is what a checkpoint keeps of it.
-    Raises InputError."""
+    given, and what is derived from them: peak_lr, ks, epoch_steps, total_steps, warmup_steps,
+    classes. saved: the checkpoint to go on from, whose --lr, --min-lr, --clip-grad and
+    --micro-batch are the defaults. cfg.flags: what a checkpoint keeps of it. Raises InputError."""
     cfg = types.SimpleNamespace(**vars(args))
-    cfg.output, cfg.paths = output_paths(args)
     cfg.distillation = args.distillation or ("hard" if args.model in DISTILLED else "none")
     own_size = deit.VARIANTS[args.model][2] if args.model in deit.VARIANTS else 224
     cfg.img_size = args.img_size or own_size
@@ -1137,7 +1095,8 @@ def make_config(args, processes, train, val, saved=None):
     if len(train) < batch and not args.benchmark:
         raise InputError(f"{train.root} holds {len(train)} images, fewer than a batch of {batch}: "
                          "lower --batch-size.")
-    cfg.micro_batch, cfg.grad_accum_steps = micro, batch // (micro * world_size)
+    cfg.micro_batch = micro
+    cfg.ks = range(processes.rank, batch // micro, world_size)   # this process's micro-batches
     cfg.peak_lr = cfg.lr * batch / 512
     if args.min_lr is None:
         cfg.min_lr = former.get("min_lr", math.inf)
@@ -1159,8 +1118,8 @@ def make_config(args, processes, train, val, saved=None):
 def make_loaders(train_images, val_images, cfg, processes, step=0):
     """The validation's loader and the iterator of the training's micro-batches from a step on."""
     val_loader, _ = make_loader(EvalDataset(val_images), [], processes)   # evaluate fills the list
-    sampler = TrainSampler(len(train_images), cfg, processes, step)
-    return val_loader, make_loader(TrainDataset(train_images, cfg), sampler, processes)[1]
+    items = train_items(len(train_images), cfg, step)
+    return val_loader, make_loader(TrainDataset(train_images, cfg), items, processes)[1]
 
 
 def check_compiler(processes):
@@ -1173,9 +1132,8 @@ def check_compiler(processes):
 
 
 def must_accept(model, name, size, num_classes):
-    """The model, if it takes images of that size (a torchvision transformer takes one only) and
-    answers with num_classes logits."""
-    mode = model.training
+    """The model, in evaluation mode, if it takes images of that size (a torchvision transformer
+    takes one only) and answers with num_classes logits."""
     try:
         with torch.no_grad():
             shape = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape)
@@ -1185,7 +1143,7 @@ def must_accept(model, name, size, num_classes):
         why = str(e).partition("\n")[0] or repr(e)
         raise InputError(f"{name} does not turn images of {size} px into {num_classes} logits each "
                          f"({why}).") from e
-    return model.train(mode)
+    return model
 
 
 def make_model(cfg, processes):
@@ -1198,7 +1156,7 @@ def make_model(cfg, processes):
     model = deit.create_classifier(cfg.model, cfg.num_classes, **given)
     if processes.device.type == "cuda":   # RegNets once trained 3 times slower in channels-last
         model.to(memory_format=torch.contiguous_format)
-    return must_accept(model, cfg.model, cfg.img_size, cfg.num_classes)
+    return must_accept(model, cfg.model, cfg.img_size, cfg.num_classes).train()
 
 
 def make_teacher(cfg, state, train_images, val_loader, processes):
@@ -1285,7 +1243,7 @@ def print_start(state, cfg, train, val, processes):
         f"data           {len(train)} training and {len(val)} validation images of "
         f"{cfg.num_classes} classes\n"
         f"batch          {cfg.batch_size} views = {processes.world_size} processes x "
-        f"{cfg.micro_batch} micro-batch x {cfg.grad_accum_steps} accumulated; {cfg.repeats} views "
+        f"{cfg.micro_batch} micro-batch x {len(cfg.ks)} accumulated; {cfg.repeats} views "
         f"an image\n"
         f"schedule       {cfg.epochs} epochs of {cfg.epoch_steps} steps, lr {cfg.peak_lr:.3g} "
         f"after {cfg.warmup_steps} steps of warm-up, then down to {cfg.min_lr:.3g}\n"
@@ -1340,10 +1298,10 @@ def save_if_due(state, cfg, processes, late=False):
     due = processes.max(2 * processes.signal + late)   # 0: no, 1: late, above: a signal
     if not due:
         return False
-    missing = save_state(state, cfg, processes)
+    failed = save_state(state, cfg, processes)
     if due > 1:
         processes.print0(f"stopped        by {signal.Signals(due // 2).name} after step "
-                         f"{state.step}, {'NOT saved' if missing else 'saved'} in {cfg.output}: "
+                         f"{state.step}, {'NOT saved' if failed else 'saved'} in {cfg.output}: "
                          "--resume goes on")
         raise SystemExit(128 + due // 2)
     return True
@@ -1360,9 +1318,8 @@ def end_epoch(state, cfg, times, train_images, val_loader, processes):
     record = {"epoch": len(state.log) + 1, "step": state.step,
               "lr": state.optimizer.param_groups[0]["lr"],
               "train_loss": loss / max(1, micro_batches)}
-    for name, prefix in (("model", ""), ("ema", "ema_")):
-        if name in scores:
-            record |= {prefix + key: scores[name][key] for key in ("cls", "dist", "both")}
+    for name, prefix in zip(scores, ("", "ema_")):   # the model, its average
+        record |= {prefix + key: scores[name][key] for key in ("cls", "dist", "both")}
     if cfg.distillation != "none":
         record["agreement"] = 100 * agreed / max(1, micro_batches)
     if state.scaler.is_enabled():
@@ -1373,12 +1330,9 @@ def end_epoch(state, cfg, times, train_images, val_loader, processes):
                "seconds": time.perf_counter() - times.epoch}
     processes.print0(epoch_line(record))
     state.log.append(record)
-    former, state.best = state.best, max(record["both"], state.best)
     state.totals.zero_()
     state.data_time = 0.0
-    missing = save_state(state, cfg, processes, is_best=state.best > former)
-    if missing == 2:
-        state.best = former   # so that the next good epoch is kept
+    failed = save_state(state, cfg, processes, is_best=record["both"] > state.best)
     print_unreadable(bad_val, val_images, "validation images, counted as wrong", processes)
     too_many = len(state.unreadable) > len(train_images) / 100
     print_unreadable(state.unreadable, train_images, "training images, others of their class stand "
@@ -1387,20 +1341,20 @@ def end_epoch(state, cfg, times, train_images, val_loader, processes):
         raise InputError(f"{len(state.unreadable)} of {len(train_images)} training images cannot "
                          "be read, more than 1 %: replace those named above, then --resume; or "
                          "remove them and choose another --output.")
-    return missing
+    return failed
 
 
 def find_save(args, processes):
     """The save to go on from; None: a new run starts. Raises InputError rather than overwrite the
     files of another run."""
-    output, paths = output_paths(args)
-    if not args.resume and any(map(os.path.exists, paths.values())):
+    output, files = args.output, ("last.pt", "last.prev.pt", "best.pt", "log.jsonl")
+    if not args.resume and any(os.path.exists(f"{output}/{name}") for name in files):
         raise InputError(f"{output} holds a run: add --resume to go on with it, or choose another "
                          "--output.")
-    saved = read_last(paths, processes) if args.resume else None
+    saved = read_last(output, processes) if args.resume else None
     if args.resume and not saved:
         processes.print0(f"resume         {output} holds no save: a new run starts")
-    if saved is None and os.path.exists(paths["best.pt"]):
+    if saved is None and os.path.exists(f"{output}/best.pt"):
         raise InputError(f"{output} holds best.pt, but no last.pt to go on from: move it away, or "
                          "choose another --output.")
     return saved
@@ -1440,12 +1394,13 @@ def train(args, processes):
     state = State(model, cfg, processes)
     if saved:
         state.load_state_dict(saved, processes, train_images)
-    from_previous = saved and saved["source"] == cfg.paths["last.prev.pt"]
+    from_previous = saved and saved["source"].endswith("last.prev.pt")
     del saved
     teacher = make_teacher(cfg, state, train_images, val_loader, processes)
     print_start(state, cfg, train_images, val_images, processes)
-    if from_previous and os.path.exists(cfg.paths["last.pt"]) and processes.rank == 0:
-        os.replace(cfg.paths["last.pt"], cfg.paths["last.pt"] + ".damaged")   # or it becomes prev
+    last = f"{cfg.output}/last.pt"
+    if from_previous and os.path.exists(last) and processes.rank == 0:
+        os.replace(last, f"{last}.damaged")   # or it becomes prev
     board = make_board(cfg, state, processes)
     save_log(cfg, state.log, processes)
     if step == 0 and save_state(state, cfg, processes):
@@ -1459,8 +1414,8 @@ def train_epochs(state, teacher, batches, cfg, train_images, val_loader, board, 
     """The loop: steps, and after each epoch evaluation, record, save. Raises InputError."""
     now = time.perf_counter()
     times = types.SimpleNamespace(run=now, epoch=now, save=now, first_step=state.step)
-    state.model.train()
     while len(state.log) < cfg.epochs:
+        state.model.train()   # evaluate ended it
         while state.step < (len(state.log) + 1) * cfg.epoch_steps:
             train_step(state, teacher, batches, cfg, processes)
             at = state.step - len(state.log) * cfg.epoch_steps
@@ -1469,13 +1424,13 @@ def train_epochs(state, teacher, batches, cfg, train_images, val_loader, board, 
             late = processes.rank == 0 and time.perf_counter() - times.save > 60 * cfg.save_minutes
             if save_if_due(state, cfg, processes, late):
                 times.save = time.perf_counter()
-        missing = end_epoch(state, cfg, times, train_images, val_loader, processes)
+        failed = end_epoch(state, cfg, times, train_images, val_loader, processes)
         times.epoch = times.save = time.perf_counter()
         if board:
             with contextlib.suppress(OSError):   # a full disk; log.jsonl has it as well
                 for key, value in state.log[-1].items():
                     board.add_scalar(key, value, len(state.log))
-    if missing:
+    if failed:
         raise InputError(f"the run is done, but its last save in {cfg.output} failed: make room "
                          "and add --resume, which repeats what is missing.")
     processes.print0(f"finished       in {clock(time.perf_counter() - times.run)}, best top-1 "
@@ -1557,7 +1512,6 @@ def run_benchmark(args, processes):
     processes.join()
     state = State(make_model(cfg, processes), cfg, processes)
     teacher = make_teacher(cfg, state, train_images, None, processes)
-    state.model.train()
     micro, mine = cfg.micro_batch, cfg.batch_size // processes.world_size
     ready = 2 * processes.workers + 1   # micro-batches that may wait finished: never counted
     rate = functools.partial(measure_rate, processes)
@@ -1698,6 +1652,7 @@ def parse(argv):
     p.add_argument("--local-rank", "--local_rank", help=argparse.SUPPRESS)   # of old launchers
     args = p.parse_args(argv)
     check(args, vars(p.parse_args([])))
+    args.output = args.output or os.path.join("runs", args.model.replace(":", "."))
     return args
 
 
@@ -1881,7 +1836,7 @@ def main(argv=None):
         if args.eval or args.benchmark:
             result = (run_eval if args.eval else run_benchmark)(args, processes)
         else:
-            with caught_signals(processes), output_folder(output_paths(args)[0], processes):
+            with caught_signals(processes), output_folder(args.output, processes):
                 result = train(args, processes)
         processes.leave()
         return result
