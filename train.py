@@ -815,7 +815,7 @@ def train_step(state, teacher, batches, cfg, processes):
         cls_logits, dist_logits = output if isinstance(output, tuple) else (output, output)
         loss = deit.distillation_loss(cls_logits, dist_logits, targets, answer, cfg.distillation,
                                       cfg.alpha, cfg.tau)
-        state.scaler.scale(loss / len(cfg.ks)).backward()
+        state.scaler.scale(loss / cfg.grad_accum_steps).backward()
         state.count(loss.detach(), dist_logits, answer)
     state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
@@ -1097,6 +1097,7 @@ def make_config(args, processes, train, val, saved=None):
                          "lower --batch-size.")
     cfg.micro_batch = micro
     cfg.ks = range(processes.rank, batch // micro, world_size)   # this process's micro-batches
+    cfg.grad_accum_steps = len(cfg.ks)
     cfg.peak_lr = cfg.lr * batch / 512
     if args.min_lr is None:
         cfg.min_lr = former.get("min_lr", math.inf)
@@ -1243,7 +1244,7 @@ def print_start(state, cfg, train, val, processes):
         f"data           {len(train)} training and {len(val)} validation images of "
         f"{cfg.num_classes} classes\n"
         f"batch          {cfg.batch_size} views = {processes.world_size} processes x "
-        f"{cfg.micro_batch} micro-batch x {len(cfg.ks)} accumulated; {cfg.repeats} views "
+        f"{cfg.micro_batch} micro-batch x {cfg.grad_accum_steps} accumulated; {cfg.repeats} views "
         f"an image\n"
         f"schedule       {cfg.epochs} epochs of {cfg.epoch_steps} steps, lr {cfg.peak_lr:.3g} "
         f"after {cfg.warmup_steps} steps of warm-up, then down to {cfg.min_lr:.3g}\n"
