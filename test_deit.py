@@ -1557,22 +1557,24 @@ def test_the_same_teacher_from_another_path_goes_on_and_another_teacher_is_refus
         assert len(log) == 3 and "--teacher-weights from t.pth to v.pth" in said
 
 
-def test_best_pt_is_the_best_model_even_if_last_pt_cannot_be_written():
-    accuracies = []
-
+def test_best_pt_is_the_best_model_that_could_be_written():
     def evaluate(models, *args, **how):   # the teacher's, then the three epochs'
         accuracies.append((0, 10, 90, 50)[len(accuracies)])
-        return {name: dict.fromkeys(("cls", "dist", "both"), accuracies[-1]) for name in models}, {}
+        return {name: dict.fromkeys(("cls", "dist", "both"), accuracies[-1] + (name == "ema"))
+                for name in models}, {}
 
     def full(n, path, *rest):
-        if accuracies[-1] == 90 and path.endswith("last.pt"):
+        if accuracies[-1] == 90 and path.endswith(file):
             raise OSError(28, "No space left on device")
 
-    with working_folder():
-        with patched(train, "evaluate", evaluate), watched(train, "save", full):
-            run(*FLAGS)
-        best = read("o/best.pt")
-    assert best["epoch"] == 2 and best["best"] == 90
+    for file, epoch, accuracy in (("last.pt", 2, 90), ("best.pt", 3, 50)):
+        accuracies = []
+        with working_folder():
+            with patched(train, "evaluate", evaluate), watched(train, "save", full):
+                log, _ = run(*FLAGS)
+            best = read("o/best.pt")
+        assert best["epoch"] == epoch and best["best"] == accuracy
+        assert [(r["both"], r["ema_both"]) for r in log] == [(10, 11), (90, 91), (50, 51)]
 
 
 def test_a_full_disk_keeps_the_former_save_and_training_goes_on():
@@ -1717,15 +1719,17 @@ train.main()"""
 
 
 def test_benchmark_never_counts_views_that_were_ready():
-    quick = functools.partial(train.measure_rate, seconds=1)
+    quick, modes = functools.partial(train.measure_rate, seconds=1), set()
     for micro in (12, 3):
         with watched(train.TrainDataset, "__getitem__", lambda *args: time.sleep(0.1)), \
+                watched(train, "train_step", lambda n, s, *rest: modes.add(s.model.training)), \
                 patched(train, "measure_rate", quick):
             figures, said = run("--benchmark", "--workers", "1", "--epochs", "2", "--micro-batch",
                                 str(micro))
         assert figures["step_img_per_s"] <= 1.1 * figures["loader_img_per_s"]
         assert figures["loader_img_per_s"] < micro / 0.1
         assert json.loads(said.splitlines()[-1]) == figures and "bottleneck: " in said
+        assert modes == {True}, "it times a model in training"
 
 
 def test_between_log_lines_the_loop_asks_nothing_back_from_the_device():

@@ -350,9 +350,9 @@ def train_items(num_images, cfg, step=0):
     """This process's micro-batches from a step on, without end: items for TrainDataset.
 
     A step's batch is batch_size views in micro-batches numbered by k; rank r of w takes k = r,
-    r + w, ... An epoch holds as many views as there are images, less the last incomplete batch;
-    view v is number v % repeats of image order[v // repeats] (repeated augmentation: a third of the
-    images, three views each, in the same batch where it fits).
+    r + w, ... (cfg.ks). An epoch holds as many views as there are images, less the last incomplete
+    batch; view v is number v % repeats of image order[v // repeats] (repeated augmentation: a third
+    of the images, three views each, in the same batch where it fits).
     """
     for epoch in itertools.count(step // cfg.epoch_steps):
         order = np.random.default_rng([cfg.seed, epoch]).permutation(num_images)
@@ -671,8 +671,8 @@ class State:
             self.totals += self.totals.new_tensor(saved["totals"])
         for i in saved["unreadable"]:
             try:
-                train_images.open(i)   # it was mended since
-            except Exception as e:
+                train_images.open(i)
+            except Exception as e:   # it was not mended since
                 self.unreadable[i] = reason(e)
 
     def count(self, loss, dist_logits, answer):
@@ -811,7 +811,7 @@ def train_step(state, teacher, batches, cfg, processes):
         if dist.is_initialized():   # gradients are averaged over the processes once per step
             net.require_backward_grad_sync = k == cfg.ks[-1]
         with processes.autocast():
-            output = net(images)                                  # (m, K), of two heads two
+            output = net(images)               # logits (m, K), or a tuple: those of each head
         cls_logits, dist_logits = output if isinstance(output, tuple) else (output, output)
         loss = deit.distillation_loss(cls_logits, dist_logits, targets, answer, cfg.distillation,
                                       cfg.alpha, cfg.tau)
@@ -879,7 +879,7 @@ def evaluate(models, loader, indices, size, batch, processes, stop_on_signal=Fal
 @contextlib.contextmanager
 def output_folder(path, processes):
     """Makes the folder and, on rank 0, locks it while the block runs, since two runs in one folder
-    would overwrite each other's saves; removes it at the end if nothing was written. Raises
+    would overwrite each other's saves; removes the folder at the end if nothing was written. Raises
     InputError if another run has the lock."""
     if processes.rank:
         yield
@@ -1072,9 +1072,9 @@ def load_images(args, print0=print):
 
 def make_config(args, processes, train, val, saved=None):
     """One checked configuration from the flags: every flag, with what follows where it was not
-    given, and what is derived from them: peak_lr, ks, epoch_steps, total_steps, warmup_steps,
-    classes. saved: the checkpoint to go on from, whose --lr, --min-lr, --clip-grad and
-    --micro-batch are the defaults. cfg.flags: what a checkpoint keeps of it. Raises InputError."""
+    given, and what is derived from them: peak_lr, ks, grad_accum_steps, epoch_steps, total_steps,
+    warmup_steps, classes. saved: the checkpoint to go on from, whose --lr, --min-lr, --clip-grad
+    and --micro-batch are the defaults. cfg.flags: what a checkpoint keeps. Raises InputError."""
     cfg = types.SimpleNamespace(**vars(args))
     cfg.distillation = args.distillation or ("hard" if args.model in DISTILLED else "none")
     own_size = deit.VARIANTS[args.model][2] if args.model in deit.VARIANTS else 224
@@ -1257,7 +1257,7 @@ def print_start(state, cfg, train, val, processes):
 
 def print_step(state, cfg, times, processes):
     """The live line: here, and nowhere else between saves, the device is asked for values."""
-    loss, _, micro_batches, _ = processes.sum(state.totals).tolist()
+    loss, agreed, micro_batches, skipped = processes.sum(state.totals).tolist()
     loss /= max(1, micro_batches)
     check_finite(state, loss, cfg)
     now, at = time.perf_counter(), state.step - len(state.log) * cfg.epoch_steps
