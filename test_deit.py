@@ -1416,6 +1416,7 @@ def crash(*args):
 
 
 def test_a_signal_lets_the_step_end_is_followed_by_a_save_and_its_handler_put_back():
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number, step in ((signal.SIGTERM, 4), (signal.SIGTERM, 6), (signal.SIGINT, 2),
                          (signal.SIGUSR1, 4), (signal.SIGHUP, 4)):
         before = signal.getsignal(number)   # SIGINT is ignored in a background job
@@ -1424,6 +1425,10 @@ def test_a_signal_lets_the_step_end_is_followed_by_a_save_and_its_handler_put_ba
             assert read("o/last.pt")["step"] == step, "no other step was begun"
             assert f"{step} of 9 steps done" in resumed("o")
         assert signal.getsignal(number) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)   # as under nohup: it stays ignored
+    with working_folder(), watched(train, "update_ema", at(4, signal.raise_signal, signal.SIGHUP)):
+        assert len(run(*FLAGS)[0]) == 3
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def test_a_signal_cuts_validation_short_and_it_is_repeated():
