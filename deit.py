@@ -2,21 +2,21 @@
 """DeiT, the data-efficient image transformer (Touvron et al., arXiv 2012.12877), in one file.
 
 A Vision Transformer that learns ImageNet from the true labels and from the predictions of a frozen
-convolutional network, the teacher. The distillation token is a second class token: a learned vector
-that enters with the patches and attends like any other token. Each of the two tokens has a linear
-head: the class head learns the true label, the distillation head the teacher's prediction. The
-teacher appears in the loss, never in the network.
+convolutional network, the teacher. The distillation token is a sibling of the class token: a
+learned vector that enters with the patches and attends like any other token. Label and teacher may
+disagree, so each of the two tokens has a linear head of its own: the class head learns the true
+label, the distillation head the teacher's prediction. The teacher appears in the loss alone.
 
 Letters:  B images    S image side     P patch side       G = S/P patches per side
           D width     N = T + G*G      T special tokens: 2 (class, distillation) or 1 (class)
-          K classes   h heads          d = D/h width of one head       n first tokens, if not all N
+          K classes   h attention heads of width d = D/h       n first tokens, if not all N
 
 From image to logits, in DeiT-Ti (S 224, P 16, D 192, h 3, K 1000):
   images                            (B, 3, S, S)   (B, 3, 224, 224)
   patch embedding                   (B, G*G, D)    (B, 196, 192)
   special tokens in front           (B, N, D)      (B, 198, 192)    + position embedding
   11 blocks of attention and MLP    (B, N, D)      (B, 198, 192)
-  last block, special tokens only   (B, T, D)      (B, 2, 192)
+  last block, only T tokens go on   (B, T, D)      (B, 2, 192)
   norm, then one head per token     2 x (B, K)     2 x (B, 1000)    in evaluation: their mean
 
   import deit, PIL.Image
@@ -98,7 +98,7 @@ class Attention(nn.Module):
     def forward(self, x, n=None):
         """x (B, N, D) -> (B, n, D): the first n tokens (None: all) look at all N."""
         q, k, v = self.split_heads(x, n)
-        # on a CPU in bfloat16 the kernel's backward pass is several times slower
+        # on a CPU in bfloat16 the formula's backward pass is several times faster
         slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
         if self.fused and not slow:
             x = F.scaled_dot_product_attention(q, k, v)           # (B, h, n, d)
@@ -137,7 +137,7 @@ class Block(nn.Module):
             return x + branch
         keep = 1 - self.drop_path
         mask = branch.new_empty(len(x), 1, 1).bernoulli_(keep)    # (B, 1, 1), 0 or 1
-        return torch.addcmul(x, branch, mask, value=1 / keep)     # 1 / keep: not in bfloat16
+        return torch.addcmul(x, branch, mask, value=1 / keep)     # 1 / keep is not rounded
 
     def forward(self, x, n=None):
         """x (B, N, D) -> (B, n, D): only the first n tokens go on (None: all N)."""
@@ -201,8 +201,7 @@ class DeiT(nn.Module):
 
     def features(self, images, n=None):
         """images (B, 3, S, S) -> the first n tokens (None: all N) after the last norm (B, n, D).
-        With n, the last block skips the other tokens' queries: a training step takes 7 % less
-        time."""
+        With n, only these go on in the last block: a training step takes 7 % less time."""
         x = self.embed(images)                                    # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x)                                          # (B, N, D)
@@ -218,8 +217,9 @@ class DeiT(nn.Module):
         return cls_logits, dist_logits
 
     def forward(self, images):
-        """images (B, 3, S, S) -> logits (B, K). A distilled model returns both heads' in training,
-        their mean in evaluation (the released code; section 4 of the paper adds softmaxes)."""
+        """images (B, 3, S, S) -> logits (B, K). A distilled model returns the logits of both heads
+        in training, their mean in evaluation (as released; section 4 of the paper adds softmaxes
+        instead)."""
         cls_logits, dist_logits = self.heads(images)
         if self.num_tokens == 1:
             return cls_logits
@@ -228,8 +228,8 @@ class DeiT(nn.Module):
     @torch.no_grad()
     def attention(self, images):
         """images (B, 3, S, S) -> attention weights of all blocks (depth, B, h, N, N); rows sum to
-        1. Row 0: the class token, row 1: the distillation token; columns from T on: the patches,
-        row by row. Call eval() before: training drops paths."""
+        1. Row 0: the class token, row 1, if distilled: its token; columns from T on: the patches,
+        line by line. Call eval() before: training drops paths."""
         x, weights = self.embed(images), []
         for block in self.blocks:
             q, k, _ = block.attn.split_heads(block.norm1(x))
@@ -320,7 +320,7 @@ class Teacher(nn.Module):
         self.classes = classes   # names, or None if unknown
         self.sha256 = sha256     # of its weights, or None
         self.cast = {}           # {dtype: copy}
-        self.train()
+        self.eval()
         model.register_load_state_dict_post_hook(self.drop_cast)
 
     def train(self, mode=True):  # otherwise its batch norms would drift
@@ -348,10 +348,10 @@ class Teacher(nn.Module):
                 for module in self.cast[dtype].modules():
                     if isinstance(module, (nn.Conv2d, nn.Linear)):
                         module.to(dtype)
-            model, images = self.cast[dtype], images.to(dtype)    # a convolution comes first
+            model, images = self.cast[dtype], images.to(dtype)    # for the first convolution
         return model(images.contiguous(memory_format=torch.channels_last))
 
-    def heads(self, images):     # its one head, given twice: a DeiT has two
+    def heads(self, images):     # its logits twice: a DeiT has two heads
         return (self(images),) * 2
 
 
@@ -371,8 +371,9 @@ def fuse(model, size):
 def load_teacher(name="regnet_y_16gf", weights="DEFAULT", num_classes=1000, *, img_size=None):
     """A frozen Teacher by name: torchvision's, a DeiT's, or "module:function".
 
-    weights: DEFAULT (torchvision's best, or what the function itself sets), another name of
-    torchvision's, a file or URL (of timm's RegNets too, as the paper's teacher), or None: random.
+    weights: DEFAULT (torchvision's choice; those that the function sets), another name of
+    torchvision's, a file or URL (of timm's RegNets too, as the paper's teacher), or None: random
+    (those that the function sets).
     img_size: side S of the images, which a DeiT must know. Raises InputError: unknown names,
     another architecture or class count."""
     size = {} if img_size is None else {"img_size": img_size}
@@ -442,9 +443,9 @@ def close_names(name):
 
 
 class Classifier(nn.Module):
-    """Gives a module, images (B, 3, S, S) -> logits (B, K), what a DeiT has: config, classes and
-    heads(). Writes nothing onto the module; its state dict is the module's, so inside another
-    module it is saved, but not loaded."""
+    """A module, images (B, 3, S, S) -> logits (B, K), with what a DeiT has: config, classes and
+    heads(). Writes nothing onto it. Its state dict is the module's, so a module around this one
+    can save it, but not load it."""
 
     def __init__(self, module, **config):
         super().__init__()
@@ -454,7 +455,7 @@ class Classifier(nn.Module):
         output = self.module(images)
         return getattr(output, "logits", output)                  # transformers' models have it
 
-    def heads(self, images):     # its one head, given twice: a DeiT has two
+    def heads(self, images):     # its logits twice: a DeiT has two heads
         return (self(images),) * 2
 
     def state_dict(self, *args, **kwargs):
@@ -510,7 +511,7 @@ def is_file_or_url(source):
 
 def released_url(name, weights="DEFAULT"):
     """URL of a DeiT's released weights, or of a torchvision classifier's under torchvision's name
-    for them (DEFAULT: the best). Raises InputError."""
+    for them (DEFAULT: its choice). Raises InputError."""
     if name in VARIANTS and weights == "DEFAULT":
         return f"{RELEASES}{name}-{VARIANTS[name][-1]}.pth"
     models = torchvision_models()
@@ -535,7 +536,7 @@ def download(url):
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
     there = os.path.exists(path)
-    if there and (sha256 or os.path.getmtime(path) >= STARTED):   # by a process of this start
+    if there and (sha256 or os.path.getmtime(path) >= STARTED):   # by another process of this run
         return path
     try:   # a download that fails leaves no file, and the former one as it was
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -741,7 +742,7 @@ def to_tensor(view):
 
 def draw_attention(model, view, answers, path):
     """Writes a picture: the view, then what each special token looks at in the last block (bright:
-    much; mean of the heads), each with one of the answers (strings) below."""
+    much; mean over attention heads), each with one of the answers (strings) below."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
     T, S = model.num_tokens, 384
