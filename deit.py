@@ -572,8 +572,9 @@ def read_checkpoint(source):
 
 
 def as_checkpoint(content, source=None):
-    """A checkpoint or a bare state dict -> {"model": state dict, "source": its origin, ...}, under
-    torchvision's names, without prefixes of wrappers. Raises InputError for anything else."""
+    """A checkpoint or a bare state dict -> {"model": state dict, "source": its origin, ...}. One of
+    train.py, which has a config, keeps its names; others are brought to torchvision's, without
+    prefixes of wrappers. Raises InputError for anything else."""
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         content = {"model": content}
     source, state = source or content.get("source", "the state dict"), content["model"]
@@ -581,6 +582,8 @@ def as_checkpoint(content, source=None):
             isinstance(key, str) and torch.is_tensor(value) and value.layout == torch.strided
             for key, value in state.items()):
         raise InputError(f"{source} holds no state dict, neither as a whole nor under 'model'.")
+    if "config" in content:
+        return content | {"source": source}
     timm = any(key.endswith("s1.b1.conv1.conv.weight") for key in state)
     clean = collections.OrderedDict()
     for key, value in state.items():

@@ -1866,6 +1866,13 @@ plain = lambda num_classes: Net(num_classes, logits=False)
 wrong = lambda num_classes: Net(num_classes + 1)
 nothing = lambda num_classes: None
 two = lambda num_classes: torch.nn.MaxPool2d(2, return_indices=True)   # a tuple
+def timms(num_classes):                           # names as in timm's RegNets, in a wrapper
+    net, layer = plain(num_classes), torch.nn.Conv2d(1, 1, 1)
+    for name in ("conv", "conv1", "b1", "s1", "module"):
+        outer = net if name == "module" else torch.nn.Module()
+        outer.add_module(name, layer)
+        layer = outer
+    return net
 """
 
 
@@ -1904,18 +1911,21 @@ def test_any_module_can_teach_and_nothing_is_written_onto_it():
 
 
 def test_any_module_can_be_trained_and_its_checkpoint_serves_every_reader():
-    argv = ["--data", shared_images(), *"--model mine:plain --workers 0 --amp off".split()]
-    with own_module():
-        quiet(train.main, [*argv, *"--epochs 2 --batch-size 12 --img-size 32 --output o".split()])
-        best = read("o/best.pt")
-        assert best["config"] == {"name": "mine:plain", "num_classes": 3, "img_size": 32}
-        import mine
-        assert best["model"].keys() == mine.plain(3).state_dict().keys()
-        scores, _ = quiet(train.main, [*argv, "--eval", "o/best.pt", "--micro-batch", "12"])
-        assert abs(scores["cls"] - best["best"]) < 1e-6
-        model, x = deit.load_model("o/best.pt", model="mine:plain"), torch.randn(2, 3, 32, 32)
-        assert model.classes == ["1", "10", "2"]
-        close(deit.load_teacher("mine:plain", "o/best.pt", 3)(x), model(x), 0)
+    for name in ("mine:plain", "mine:timms"):
+        argv = ["--data", shared_images(), *f"--model {name} --workers 0 --amp off".split()]
+        begin = [*argv, *"--epochs 2 --batch-size 12 --img-size 32 --output o".split()]
+        with own_module():
+            quiet(train.main, begin)
+            best = read("o/best.pt")
+            assert best["config"] == {"name": name, "num_classes": 3, "img_size": 32}
+            import mine
+            keys = getattr(mine, name[5:])(3).state_dict().keys()
+            assert best["model"].keys() == keys == deit.read_checkpoint("o/last.pt")["model"].keys()
+            scores, _ = quiet(train.main, [*argv, "--eval", "o/best.pt", "--micro-batch", "12"])
+            assert abs(scores["cls"] - best["best"]) < 1e-6
+            model, x = deit.load_model("o/best.pt", model=name), torch.randn(2, 3, 32, 32)
+            assert model.classes == ["1", "10", "2"]
+            close(deit.load_teacher(name, "o/best.pt", 3)(x), model(x), 0)
 
 
 def test_only_a_name_that_the_user_typed_is_imported():
@@ -1966,6 +1976,23 @@ def test_answers_recorded_and_replayed_are_the_live_run():
         Path("a").write_bytes(file[:-2] + bytes([file[-2] % 3 + 1, 0]))   # the last view's
         run(*ANSWERED, "--teacher-answers", "a", "--output", "changed")
         assert result("changed")[-1] != live[-1]
+
+
+def test_a_benchmark_asks_the_teacher_though_the_first_answers_are_known():
+    with own_module():
+        Path("a").write_bytes(recorded()[1][:-2] + bytes(2))   # the last view's is missing
+        calls = []
+
+        def count(processes, work, *args, **kwargs):
+            import mine
+            before = len(mine.calls)
+            work()
+            calls.append(len(mine.calls) - before)
+            return 1.0
+
+        with patched(train, "measure_rate", count):
+            run(*ANSWERED, "--teacher-answers", "a", "--benchmark")
+        assert calls == [0, 1, 0, 3, 0], "loader, teacher, student, a step, validation"
 
 
 def test_three_processes_record_and_replay_the_answers_of_one():

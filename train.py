@@ -693,7 +693,7 @@ class Answers:
 
     The file: a header (JSON: what the views and the teacher depend on), then class + 1 of each view
     as uint16, 0 where it was not asked yet. A view depends on its image and its place in the run:
-    step * batch + k * micro-batch + row. All processes write into it, so it is on a shared disk.
+    step * batch + k * micro-batch + row. Rank 0 writes it, all read it: it is on a shared disk.
     """
 
     HEADER = 4096   # bytes
@@ -767,13 +767,17 @@ class Answers:
         return classes
 
     def save(self, processes):
-        """Writes what is new of this process, before last.pt is written."""
-        new, self.new = self.new, []
+        """Writes what is new, before last.pt is written. Rank 0 writes for all: nodes that write
+        into one block of a network's disk may undo each other's."""
+        new = [(place, (c + 1).cpu().numpy().astype(np.uint16).tobytes()) for place, c in self.new]
+        new, self.new = itertools.chain(*processes.gather(new)), []
+        if processes.rank:
+            return
         try:
             with open(self.path, "r+b") as f:
-                for place, classes in new:
+                for place, data in new:
                     f.seek(self.HEADER + 2 * place)
-                    f.write((classes + 1).cpu().numpy().astype(np.uint16).tobytes())
+                    f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as e:   # they will be asked again
@@ -1165,8 +1169,8 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     be learned from one. val_loader: where it is tried (None: nowhere). Raises InputError."""
     if cfg.distillation == "none":
         return None
-    if cfg.teacher_answers and (os.path.exists(cfg.teacher_answers) or not cfg.benchmark):
-        # a benchmark begins no file
+    if cfg.teacher_answers and (not cfg.benchmark or os.path.exists(cfg.teacher_answers)):
+        # a benchmark begins no file; a run doesn't look before rank 0 did: NFS remembers "none"
         state.answers = Answers(cfg, train_images, processes, state.step)
         # complete: no teacher is needed, but a file of weights, if given, is compared
         given = processes.max(int(os.path.isfile(cfg.teacher_weights)))
@@ -1518,7 +1522,7 @@ def run_benchmark(args, processes):
     rate = functools.partial(measure_rate, processes)
     loader_rate = rate(lambda: next(batches), micro, warm_up=ready)
     batch = next(batches)
-    teacher_rate, no_cost = None, teacher   # of a complete Answers
+    teacher_rate, asked, no_cost = None, teacher, teacher   # of a complete Answers
     if teacher and not (state.answers and state.answers.complete):
         images = normalise(batch[0], processes.device)
         asked = state.answers.teacher if state.answers else teacher
@@ -1534,7 +1538,7 @@ def run_benchmark(args, processes):
     student_rate = rate(lambda: step(no_cost, again), mine)
     for _ in range(ready):
         next(batches)
-    step_rate = rate(lambda: step(teacher, batches), mine, warm_up=0)
+    step_rate = rate(lambda: step(asked, batches), mine, warm_up=0)
     some = np.arange(min(len(val_images), 4 * micro * processes.world_size))
     val_rate = rate(lambda: evaluate(state.evaluated(), val_loader, some, cfg.img_size, micro,
                                      processes), len(some) / processes.world_size)
@@ -1608,7 +1612,7 @@ def parse(argv):
         choices=[*deit.ALPHA, "none"])
     add("--teacher", "a torchvision classifier, a DeiT or module:function; it gets images "
         "normalised by ImageNet's mean and deviation", "regnet_y_16gf")
-    add("--teacher-weights", "file, URL or torchvision's name; DEFAULT: torchvision's best, or a "
+    add("--teacher-weights", "file, URL or torchvision's name; DEFAULT: torchvision's choice, or a "
         "function's own; none: random ones", "DEFAULT")
     add("--teacher-answers", "keep the teacher's predictions here and ask only for what is "
         "missing: the next student needs no teacher [off]")
