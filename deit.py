@@ -136,7 +136,7 @@ class Block(nn.Module):
         if not self.training or self.drop_path == 0:
             return x + branch
         keep = 1 - self.drop_path
-        mask = branch.new_empty(len(x), 1, 1).bernoulli_(keep)    # (B, 1, 1), 0 or 1
+        mask = branch.new_empty(x.shape[0], 1, 1).bernoulli_(keep)   # (B, 1, 1), 0 or 1
         return torch.addcmul(x, branch, mask, value=1 / keep)     # 1 / keep is not rounded
 
     def forward(self, x, n=None):
@@ -191,7 +191,7 @@ class DeiT(nn.Module):
 
     def embed(self, images):
         """images (B, 3, S, S) -> (B, N, D): special tokens, then patches, + position embedding."""
-        B, S = len(images), self.config["img_size"]
+        B, S = images.shape[0], self.config["img_size"]           # len() would fix B in an export
         if images.shape != (B, 3, S, S):
             raise InputError(f"images are {tuple(images.shape)}: img_size is {S} in this model.")
         tokens = [self.cls_token, self.dist_token][:self.num_tokens]
@@ -452,6 +452,8 @@ class Classifier(nn.Module):
         self.module, self.config, self.classes = module, config, None
 
     def forward(self, images):
+        if ":" in self.config.get("name", ""):   # a user's own .view() may fail in channels-last
+            images = images.contiguous()
         output = self.module(images)
         return getattr(output, "logits", output)                  # transformers' models have it
 
@@ -485,6 +487,7 @@ def create_classifier(name=None, num_classes=1000, **overrides):
         model = function(num_classes)
         if not isinstance(model, nn.Module):
             raise InputError(f"{name} returned a {type(model).__name__}, not an nn.Module.")
+        model.cpu()   # as all others: the caller moves it
     else:
         models = torchvision_models()
         if name not in models.list_models(module=models):
@@ -623,7 +626,7 @@ def load_weights(model, source, *, new_heads=True, classes=None, say=print):
 
     Resizes a DeiT's position embedding. Starts a head anew, and tells `say`, if the source has no
     or another class count, or other names than `classes` (new_heads=False: refused). Raises
-    InputError if the architectures differ."""
+    InputError if the architectures differ, in the number of attention heads too if it is told."""
     checkpoint = as_checkpoint(source) if isinstance(source, dict) else read_checkpoint(source)
     config, model = getattr(model, "config", {}), getattr(model, "module", model)   # of Classifier
     source, state, own = checkpoint["source"], copy.copy(checkpoint["model"]), model.state_dict()
@@ -650,6 +653,11 @@ def load_weights(model, source, *, new_heads=True, classes=None, say=print):
         raise InputError(f"{source} is of another architecture than "
                          f"{config.get('name', 'this model')}: it lacks {lacks[:2]} and has "
                          f"{extra[:2]} ({len(lacks)} and {len(extra)} in all).")
+    before = checkpoint.get("config")
+    heads = before.get("num_heads") if isinstance(before, dict) else None
+    if isinstance(model, DeiT) and heads not in (None, config["num_heads"]):   # no shape tells it
+        raise InputError(f"{source} has {heads} attention heads, not {config['num_heads']}: give "
+                         f"--num-heads {heads} (in Python: num_heads=).")
     model.load_state_dict(state)
 
 

@@ -1483,10 +1483,10 @@ def run_eval(args, processes):
 
 def measure_rate(processes, work, views, warm_up=1, seconds=8):
     """Views per second of all processes together; work() handles `views` of this process."""
-    for _ in range(warm_up):
-        work()
-    done, start = 0, time.perf_counter()
-    while done == 0 or processes.max(int(time.perf_counter() - start < seconds)):
+    done, start = -warm_up, 0.0
+    while done <= 0 or processes.max(int(time.perf_counter() - start < seconds)):
+        if done == 0:   # the warm-up is over, on the device too
+            start = time.perf_counter()
         work()
         if processes.device.type != "cpu":
             torch.accelerator.synchronize()
