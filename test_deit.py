@@ -29,6 +29,7 @@ import traceback
 import types
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ SMALL_FLAGS = ("--img-size 32 --patch-size 8 --embed-dim 32 --depth 2 --num-head
 
 BASE_FLAGS = (f"--model {TI} --teacher train:demo_regnet --teacher-weights none --warmup-epochs 1 "
               "--batch-size 12").split() + SMALL_FLAGS
+patched = mock.patch.object   # of an object, a name, a value: in the block it has that value
 
 
 def close(a, b, tolerance=1e-5):
@@ -66,39 +68,18 @@ def raises(phrase, kind=deit.InputError):
         raise AssertionError(f"nothing refused; {phrase!r} was expected")
 
 
-@contextlib.contextmanager
-def patched(owner, name, value):
-    old = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, old)
-
-
 def quiet(function, *args, **kwargs):
     """(what the function returned, what it printed)"""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        result = function(*args, **kwargs)
-    return result, out.getvalue()
-
-
-@contextlib.contextmanager
-def temporary():
-    with tempfile.TemporaryDirectory() as folder:
-        yield folder
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return function(*args, **kwargs), out.getvalue()
 
 
 @contextlib.contextmanager
 def working_folder():
-    here = os.getcwd()
-    with temporary() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        stack.callback(os.chdir, os.getcwd())
         os.chdir(folder)
-        try:
-            yield folder
-        finally:
-            os.chdir(here)
+        yield folder
 
 
 def draw_images(folder, train_count=12, val_count=5, classes=("1", "10", "2")):
@@ -110,18 +91,16 @@ def draw_images(folder, train_count=12, val_count=5, classes=("1", "10", "2")):
             for i in range(count):
                 pixels = rng.integers(0, 120, (40 + i % 3, 48, 3))
                 pixels[..., label % 3] += 120
-                image = Image.fromarray(pixels.astype(np.uint8))
-                image.save(os.path.join(folder, split, name, f"{i}.JPEG"))
+                Image.fromarray(pixels.astype(np.uint8)).save(f"{folder}/{split}/{name}/{i}.JPEG")
     return folder
 
 
 @functools.cache
 def shared_images():
     """One data set for the tests that only read it; removed at exit."""
-    folder = tempfile.TemporaryDirectory()
-    draw_images(folder.name)
-    atexit.register(folder.cleanup)
-    return folder.name
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    return draw_images(folder)
 
 
 def cpu(rank=0, world_size=1, workers=0):
@@ -129,9 +108,6 @@ def cpu(rank=0, world_size=1, workers=0):
     processes = train.Processes("cpu", "off", workers)
     processes.rank, processes.world_size = rank, world_size
     return processes
-
-
-TIMINGS = {"img_per_s", "waiting", "seconds"}
 
 
 def run(*flags, data=None):
@@ -146,7 +122,8 @@ def read(path):
 
 
 def untimed(log):
-    return [{k: v for k, v in record.items() if k not in TIMINGS} for record in log]
+    return [{k: v for k, v in record.items() if k not in ("img_per_s", "waiting", "seconds")}
+            for record in log]
 
 
 def result(output):
@@ -156,7 +133,6 @@ def result(output):
     return last["model"], last["ema"], last["optimizer"]["state"], last["best"], untimed(log)
 
 
-@contextlib.contextmanager
 def watched(owner, name, before):
     """Each call of owner.name begins with before(number of the call from 1 on, *its arguments)."""
     real, count = getattr(owner, name), itertools.count(1)
@@ -165,8 +141,7 @@ def watched(owner, name, before):
         before(next(count), *args)
         return real(*args, **kwargs)
 
-    with patched(owner, name, call):
-        yield
+    return patched(owner, name, call)
 
 
 def launch(*argv):
@@ -262,7 +237,9 @@ def test_the_picture_of_attention_is_bright_where_the_tokens_look():
 def test_the_network_compiles_exports_and_runs_in_any_type():
     model, teacher = small().eval(), deit.load_teacher(REGNET, None, 7)
     expected = model(IMAGES)
-    close(torch.export.export(model, (IMAGES,)).module()(IMAGES), expected)
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    exported = torch.export.export(model, (IMAGES,), dynamic_shapes=batch).module()
+    close(exported(IMAGES[[0, 1, 1]]), expected[[0, 1, 1]])
     for cast in (torch.bfloat16, torch.float16):
         got = copy.deepcopy(model).to(cast)(IMAGES.to(cast))
         assert got.dtype == cast
@@ -356,14 +333,11 @@ def test_every_layer_is_called_so_hooks_wrappers_and_pruning_reach_it():
         if isinstance(module, torch.nn.Linear):   # without a `.weight`, as LoRA's layers are
             wrapped.set_submodule(name, torch.nn.Sequential(module))
     close(wrapped(IMAGES), model(IMAGES), 0)
-    for name, module in model.train().named_modules():
+    for module in leaves.values():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
             prune.l1_unstructured(module, "weight", 0.3)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(3):
-        optimizer.zero_grad()
-        deit.distillation_loss(*model(IMAGES), torch.tensor([1, 2]), torch.randn(2, 7)).backward()
-        optimizer.step()
+    for _ in range(2):
+        sum(model.train()(IMAGES)).sum().backward()
     qkv = model.blocks[-1].attn.qkv
     assert qkv.weight_orig.grad.abs().max() > 0 and (qkv.weight == 0).float().mean() > 0.29
 
@@ -410,19 +384,13 @@ def test_soft_loss_on_values_worked_by_hand():
     close(soft(far.repeat(4, 1) + 5, teacher.repeat(4, 1) - 2, 1.0), soft(far, teacher, 1.0))
 
 
-def test_hard_loss_is_cross_entropy_against_the_teachers_choice():
-    student = torch.tensor([[0.4, 0.4, 0.2], [0.1, 0.2, 0.7]]).log()
-    by_hand = torch.tensor(-(math.log(0.4) + math.log(0.2)) / 2)
-    for teacher in (torch.tensor([[9.0, 1.0, 0.0], [0.0, 5.0, 1.0]]), torch.tensor([0, 1])):
-        close(deit.hard_distillation_loss(student, teacher), by_hand)   # of logits, or of choices
-
-
 def test_combined_loss_weights_targets_types_and_refusals():
     cls, dis, t = torch.randn(3, 4, 5).unbind(0)
     y = torch.tensor([0, 4, 2, 2])
     ce, hard = F.cross_entropy(cls, y), F.cross_entropy(dis, t.argmax(1))
     loss, soft = deit.distillation_loss, deit.soft_distillation_loss
     close(loss(cls, dis, y, t), (ce + hard) / 2)
+    close(loss(cls, dis, y, t.argmax(1)), (ce + hard) / 2)        # the teacher's choices alone
     close(loss(cls, dis, y, t, "hard", 0.2), 0.8 * ce + 0.2 * hard)
     close(loss(cls, dis, y, t, "soft"), 0.9 * ce + 0.1 * soft(dis, t, 3.0))
     close(loss(cls, dis, y, t, "soft", 0.5, 2.0), 0.5 * ce + 0.5 * soft(dis, t, 2.0))
@@ -661,14 +629,10 @@ def test_odd_state_dicts_and_configs_are_refused_in_a_sentence():
                     deit.load_model("w.pt")
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
-
-
 def test_files_that_could_run_code_or_hold_no_weights_are_refused():
+    bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, ("exploded",))})()
     with working_folder():
-        for content, phrase in (({"model": Bomb()}, "no checkpoint that can be read safely"),
+        for content, phrase in (({"model": bomb}, "no checkpoint that can be read safely"),
                                 ([1, 2], "holds no state dict")):
             torch.save(content, "w.pth")
             with raises(phrase):
@@ -978,10 +942,9 @@ def test_draws_are_keyed_the_same_for_any_number_of_workers_and_else_different()
 
 def test_an_image_is_decoded_once_for_its_views_and_views_are_spread():
     folder, opened = train.ImageFolder(f"{shared_images()}/train"), []
-    real = folder.open
-    folder.open = lambda i: opened.append(i) or real(i)
     item = (0, 0, 0, np.repeat([3, 14, 30], 3), np.tile([0, 1, 2], 3))
-    labels = train.TrainDataset(folder, config())[item][1].tolist()
+    with watched(folder, "open", lambda n, i: opened.append(i)):
+        labels = train.TrainDataset(folder, config())[item][1].tolist()
     assert opened == [3, 14, 30]
     assert sorted(labels) == [0, 0, 0, 1, 1, 1, 2, 2, 2] and labels != sorted(labels)
 
@@ -1119,16 +1082,15 @@ def test_checkpoint_has_one_schema_and_serves_every_reader():
         assert set(last) == set(best) == set(keys) and best["optimizer"] is None
         assert last["step"] == 6 and last["classes"] == ["1", "10", "2"]
         assert last["best"] == max(r["both"] for r in log) and last["log"] == log
-        assert not any(k.startswith(("module.", "_orig_mod.", "teacher")) for k in last["model"])
-        argv = ["--data", shared_images(), *"--eval o/best.pt --amp off --device cpu".split()]
-        scores, _ = quiet(train.main, argv)
+        scores, _ = run("--eval", "o/best.pt")
         assert abs(scores["both"] - log[best["epoch"] - 1]["both"]) < 1e-6
         assert deit.load_teacher(TI, "o/best.pt", 3).classes == ["1", "10", "2"]
-        photo = f"{shared_images()}/val/10/0.JPEG"
-        _, said = quiet(deit.main, [photo, "--weights", "o/best.pt"])
+        _, said = quiet(deit.main, [f"{shared_images()}/val/10/0.JPEG", "--weights", "o/best.pt"])
         assert "distillation head" in said and "both" in said and " %  10\n" in said
-        finetuned, _ = run(*"--epochs 2 --output f --finetune o/best.pt --img-size 64".split())
-        assert len(finetuned) == 2
+        flags = "--epochs 2 --output f --finetune o/best.pt --img-size 64".split()
+        with raises("has 2 attention heads, not 1: give --num-heads 2", SystemExit):
+            run(*flags, "--num-heads", "1")
+        run(*flags)
 
 
 def test_the_live_line_stays_one_line_in_a_terminal_and_is_a_line_in_a_file():
@@ -1145,11 +1107,7 @@ def test_the_live_line_stays_one_line_in_a_terminal_and_is_a_line_in_a_file():
 
 
 def test_a_closed_terminal_or_pipe_does_not_end_a_run():
-    def broken(text):
-        raise BrokenPipeError
-
-    out = io.StringIO()
-    out.write = broken
+    out = mock.Mock(**{"write.side_effect": BrokenPipeError})
     argv = ["--data", shared_images(), *BASE_FLAGS, "--epochs", "2", "--output", "o"]
     with working_folder(), contextlib.redirect_stdout(out):
         assert len(train.main(argv)) == 2
@@ -1158,13 +1116,11 @@ def test_a_closed_terminal_or_pipe_does_not_end_a_run():
 def test_workers_that_are_spawned_do_the_same():
     """As on Windows and macOS, where a worker starts empty and is sent the list of images."""
     flags = ["--epochs", "1", "--warmup-epochs", "0.5", "--workers"]
-    with working_folder():
+    with working_folder(), contextlib.ExitStack() as stack:
         log, _ = run(*flags, "0")
+        stack.callback(multiprocessing.set_start_method, None, force=True)
         multiprocessing.set_start_method("spawn")
-        try:
-            spawned, _ = run(*flags, "1", "--output", "spawned")
-        finally:
-            multiprocessing.set_start_method(None, force=True)
+        spawned, _ = run(*flags, "1", "--output", "spawned")
     assert untimed(spawned) == untimed(log)
 
 
@@ -1172,15 +1128,13 @@ def test_tensorboard_is_asked_for_in_a_sentence_or_written():
     flags, written = ["--epochs", "2", "--tensorboard"], []
     module = types.SimpleNamespace(SummaryWriter=lambda output, purge_step, flush_secs: (
         types.SimpleNamespace(add_scalar=lambda *item: written.append((purge_step, *item)))))
-    with working_folder():
-        try:
-            sys.modules["torch.utils.tensorboard"] = None   # importing it fails
-            with raises("pip install tensorboard", SystemExit):
-                run(*flags)
-            sys.modules["torch.utils.tensorboard"] = module
-            log, _ = run(*flags)
-        finally:
-            del sys.modules["torch.utils.tensorboard"]
+    with working_folder(), contextlib.ExitStack() as stack:
+        stack.callback(sys.modules.pop, "torch.utils.tensorboard")
+        sys.modules["torch.utils.tensorboard"] = None   # importing it fails
+        with raises("pip install tensorboard", SystemExit):
+            run(*flags)
+        sys.modules["torch.utils.tensorboard"] = module
+        log, _ = run(*flags)
     assert written == [(1, key, value, r["epoch"]) for r in log for key, value in r.items()]
 
 
@@ -1206,10 +1160,7 @@ def constant_teacher(k):
 def test_a_teacher_of_other_classes_or_in_another_order_is_found_out():
     flags = ["--epochs", "2", "--teacher-weights", "t.pth"]
     with working_folder():
-        draw_images("d", 12, 67)
         torch.save(constant_teacher(1), "t.pth")
-        with raises("no better than chance", SystemExit):
-            run(*flags, data="d")
         _, said = run(*flags)   # on 15 images it may be chance
         assert "warning        the teacher is right on 33.3 % of 15 validation images" in said
         torch.save({"model": constant_teacher(1), "classes": ["a", "b", "c"]}, "t.pth")
@@ -1224,13 +1175,9 @@ def test_a_loss_that_is_not_finite_stops_the_run():
 
 
 def test_fp16_steps_that_overflow_are_skipped_counted_and_not_for_ever():
-    real, calls = deit.distillation_loss, []
-
-    def overflowing(*args):
-        calls.append(1)
-        return real(*args) * (math.inf if len(calls) in bad_calls else 1)
-
-    with working_folder(), patched(deit, "distillation_loss", overflowing):
+    real, calls = deit.distillation_loss, itertools.count(1)
+    with working_folder(), patched(deit, "distillation_loss", lambda *args: (
+            real(*args) * (math.inf if next(calls) in bad_calls else 1))):
         bad_calls = (2, 5)
         log, said = run("--epochs", "2", "--amp", "fp16")
         assert [r["skipped_steps"] for r in log] == [1, 1] and "1 steps skipped" in said
@@ -1280,18 +1227,14 @@ def test_bad_flags_get_one_sentence_before_anything_is_written():
         ("--data /nowhere", "there is no folder /nowhere"),
         ("--model deit_huge --distillation hard", "neither one of torchvision's"),
         ("--model regnet_y_400mf --patch-size 8 --distillation hard", "patch_size is for DeiT"),
-        ("--model vit_b_32 --distillation none", "is for DeiT"),
         ("--model deit_tiny_distiled_patch16_224", "published name (deit_tiny_distilled_patch"),
         ("--model deit_tiny_patch16_224", "add it, or drop both"),
         ("--distillation none", "take --model deit_tiny_patch16_224"),
-        ("--teacher-weights ..", ".. is a folder: give a file in it"),
-        ("--teacher regnet_z", "neither one of torchvision's classifiers"),
         ("--teacher vit_b_32", "vit_b_32 does not turn images of 32 px into 3 logits"),
         ("--teacher-weights IMAGENET1K_V9", "neither a file nor a URL"),
-        ("--teacher regnet_y_400mf --teacher-weights IMAGENET1K_V2", "have 3: train a teacher"),
+        ("--teacher regnet_y_400mf --teacher-weights DEFAULT", "have 3: train a teacher"),
         ("--finetune /no/such.pt", "neither a file nor a URL nor a published name"),
         ("--finetune w.pth", "another architecture"),
-        ("--eval /no/such.pt", "neither a file nor a URL nor a published name"),
         ("--eval ..", ".. is a folder: give a file in it"),
         ("--batch-size 100", "fewer than a batch of 100"),
         ("--micro-batch 5", "take --micro-batch 4 or --batch-size 10"),
@@ -1357,11 +1300,9 @@ def test_demo_draws_what_it_says():
 
 
 def test_a_demo_that_another_one_outran_takes_its_pictures():
-    def draw(folder):
-        touch(f"{folder}/a picture", "runs/demo-data/another picture")
-
     record = dict(cls=1.0, dist=1.0, both=1.0, val_images=9)
-    with working_folder(), patched(train, "draw_demo", draw):
+    with working_folder(), patched(train, "draw_demo", lambda folder: touch(
+            f"{folder}/a picture", "runs/demo-data/another picture")):
         with patched(train, "main", lambda argv: [record]):
             _, said = quiet(train.demo, 0)
     assert "--data runs/demo-data --model train:demo_regnet" in said
@@ -1382,6 +1323,7 @@ def test_command_lines_say_what_they_should():
 # ------------------------------------------------------------------------------------------------
 
 FLAGS = ["--epochs", "3", "--micro-batch", "6", "--save-minutes", "0", "--drop-path", "0.2"]
+crash = mock.Mock(side_effect=KeyboardInterrupt)   # no Exception, so nobody catches it
 
 
 @functools.cache
@@ -1395,7 +1337,6 @@ def resumed(folder, *flags):
     """What the run said that goes on in the folder; its result is that of the undisturbed one."""
     _, said = run(*FLAGS, *flags, "--output", folder, "--resume")
     close(result(folder), undisturbed(), 0)
-    assert [r["epoch"] for r in result(folder)[-1]] == [1, 2, 3]
     return said
 
 
@@ -1409,10 +1350,6 @@ def stopped(step, *flags, number=signal.SIGTERM):
     with watched(train, "update_ema", at(step, signal.raise_signal, number)):
         with raises(str(128 + number), SystemExit):
             run(*FLAGS, *flags)
-
-
-def crash(*args):
-    raise KeyboardInterrupt   # no Exception, so nobody catches it
 
 
 def test_a_signal_lets_the_step_end_is_followed_by_a_save_and_its_handler_put_back():
@@ -1447,15 +1384,12 @@ def test_a_signal_cuts_validation_short_and_it_is_repeated():
 
 def test_a_signal_cuts_nothing_else_short():
     """Not the teacher's trial, which would seem bad, nor --eval, whose score would be of a part."""
-    def signal_in_trial(n, models, *args):
-        if "teacher" in models:
-            signal.raise_signal(signal.SIGTERM)
-
     flags, handlers = ["--epochs", "2", "--teacher-weights", "t.pth"], []
     with working_folder():
         draw_images("d", 12, 67)
         torch.save(constant_teacher(0), "t.pth")   # right on the first third
-        with watched(train, "evaluate", signal_in_trial):
+        with watched(train, "evaluate", lambda n, models, *args: (
+                "teacher" in models and signal.raise_signal(signal.SIGTERM))):
             with raises("33.3 % of 201 validation images, no better than chance: ", SystemExit):
                 run(*flags, data="d")
             with raises("143", SystemExit):
@@ -1474,12 +1408,9 @@ def test_a_crash_between_or_inside_saves_loses_at_most_what_came_after_the_last(
                 run(*FLAGS, "--save-minutes", minutes)
             assert f"{steps} of 9 steps done" in resumed("o")
     for name in ("last.pt", "last.prev.pt", "best.pt", "log.jsonl"):   # before the rename to each
-        def before_rename(n, source, target):
-            if target.endswith(name) and (n > 12 or name == "best.pt"):
-                crash()
-
         with working_folder():
-            with watched(os, "replace", before_rename), raises("", KeyboardInterrupt):
+            with raises("", KeyboardInterrupt), watched(os, "replace", lambda n, source, target: (
+                    target.endswith(name) and (n > 12 or name == "best.pt") and crash())):
                 run(*FLAGS)
             resumed("o")
 
@@ -1548,8 +1479,7 @@ def test_a_remedy_may_be_new_when_a_run_goes_on_and_is_said():
 
 def test_the_same_teacher_from_another_path_goes_on_and_another_teacher_is_refused():
     with working_folder():
-        student = deit.create_model(TI, **SMALL | {"depth": 2, "num_classes": 3})
-        torch.save(student.state_dict(), "w.pth")
+        torch.save(small(depth=2, num_classes=3).state_dict(), "w.pth")
         torch.save(constant_teacher(0), "t.pth")
         torch.save(constant_teacher(1), "u.pth")
         stopped(4, "--finetune", "w.pth", "--teacher-weights", "t.pth")
@@ -1636,9 +1566,6 @@ def test_two_runs_cannot_share_an_output_and_a_killed_one_holds_no_lock():
         with watched(train, "epoch_line", crash), raises("", KeyboardInterrupt):
             run(*flags, "--resume")
         assert not list(Path("o").glob("*.tmp"))
-        with raises("knows ImageNet's 1000 classes", SystemExit):
-            run("--teacher", "regnet_y_400mf", "--teacher-weights", "DEFAULT", "--output", "p")
-        assert not os.path.exists("p"), "a refused run leaves no folder"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1829,9 +1756,8 @@ def test_a_regnet_under_timms_names_loads_strictly_with_the_same_logits():
             "s2.b1.downsample.conv.weight", "s3.b1.conv3.conv.weight"} <= named.keys()
     x = torch.randn(2, 3, 64, 64)
     with working_folder():
-        for content in (named, {"model": named}):
-            torch.save(content, "t.pth")
-            close(deit.load_teacher("regnet_y_400mf", "t.pth", 5)(x), model(x), 1e-4)
+        torch.save(named, "t.pth")
+        close(deit.load_teacher("regnet_y_400mf", "t.pth", 5)(x), model(x), 1e-4)
         with raises("another architecture than regnet_y_800mf"):
             deit.load_teacher("regnet_y_800mf", "t.pth", 5)
 
@@ -1858,7 +1784,9 @@ class Net(torch.nn.Module):
         self.logits = logits
     def forward(self, x):
         calls.append((self.training, x.dtype, torch.is_grad_enabled()))
-        y = self.fc(self.norm(self.conv(x)).amax((2, 3)) * 9)
+        x = self.norm(self.conv(x))
+        x.view(len(x), -1)                        # fails in the channels-last layout
+        y = self.fc(x.amax((2, 3)) * 9)
         y = y - y.detach().mean(0) if len(x) > 1 else y
         return types.SimpleNamespace(logits=y) if self.logits else y
 net = Net
@@ -1879,13 +1807,10 @@ def timms(num_classes):                           # names as in timm's RegNets, 
 @contextlib.contextmanager
 def own_module():
     """A working folder with mine.py in it."""
-    with working_folder() as folder:
+    with working_folder(), patched(sys, "path", sys.path[:]), contextlib.ExitStack() as stack:
+        stack.callback(sys.modules.pop, "mine", None)
         Path("mine.py").write_text(MINE)
-        try:
-            yield
-        finally:
-            sys.modules.pop("mine", None)
-            sys.path[:] = [p for p in sys.path if p != os.path.realpath(folder)]
+        yield
 
 
 def test_any_module_can_teach_and_nothing_is_written_onto_it():
@@ -1950,10 +1875,6 @@ HEADER = train.Answers.HEADER
 ANSWERED = [*FLAGS, "--micro-batch", "4", "--teacher", "mine:net", "--teacher-weights", "DEFAULT"]
 
 
-def answers(path):
-    return np.fromfile(path, np.uint16, offset=HEADER)
-
-
 @functools.cache
 def recorded():
     """The result of a run with a live teacher, and the file that recorded its answers."""
@@ -1969,7 +1890,8 @@ def test_answers_recorded_and_replayed_are_the_live_run():
     live, file = recorded()
     with own_module():
         Path("a").write_bytes(file)
-        assert len(answers("a")) == 108 and set(answers("a")) == {1, 2, 3}
+        views = np.fromfile("a", np.uint16, offset=HEADER)
+        assert len(views) == 108 and set(views) == {1, 2, 3}
         _, said = run(*ANSWERED, "--teacher-answers", "a")
         assert "mine" not in sys.modules and "0 of 108 views are left" in said
         close(result("o"), live, 0)
@@ -2201,10 +2123,8 @@ def test_every_launcher_gets_a_run_or_a_sentence():
 
 
 def test_a_missing_compiler_is_said_before_anything_is_written():
-    def no_compiler(x):
-        raise RuntimeError("no C++ compiler\nand ninety lines more")
-
-    with working_folder(), patched(torch, "compile", lambda f: no_compiler):
+    broken = mock.Mock(side_effect=RuntimeError("no C++ compiler\nand ninety lines more"))
+    with working_folder(), patched(torch, "compile", lambda f: broken):
         with raises("--compile does not work here (RuntimeError: no C++", SystemExit):
             run("--compile", "--epochs", "2")
         assert os.listdir() == []
