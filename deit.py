@@ -217,9 +217,8 @@ class DeiT(nn.Module):
         return cls_logits, dist_logits
 
     def forward(self, images):
-        """images (B, 3, S, S) -> logits (B, K). A distilled model returns the logits of both heads
-        in training, their mean in evaluation (as released; section 4 of the paper adds softmaxes
-        instead)."""
+        """images (B, 3, S, S) -> logits (B, K). A distilled model returns those of both heads in
+        training, their mean in evaluation (as released; the paper's section 4 adds softmaxes)."""
         cls_logits, dist_logits = self.heads(images)
         if self.num_tokens == 1:
             return cls_logits
@@ -371,9 +370,8 @@ def fuse(model, size):
 def load_teacher(name="regnet_y_16gf", weights="DEFAULT", num_classes=1000, *, img_size=None):
     """A frozen Teacher by name: torchvision's, a DeiT's, or "module:function".
 
-    weights: DEFAULT (torchvision's choice; those that the function sets), another name of
-    torchvision's, a file or URL (of timm's RegNets too, as the paper's teacher), or None: random
-    (those that the function sets).
+    weights: DEFAULT (torchvision's choice), another name of torchvision's, a file or URL (of timm's
+    RegNets too, as the paper's teacher), None: random; for DEFAULT and None a function's own.
     img_size: side S of the images, which a DeiT must know. Raises InputError: unknown names,
     another architecture or class count."""
     size = {} if img_size is None else {"img_size": img_size}
@@ -452,8 +450,6 @@ class Classifier(nn.Module):
         self.module, self.config, self.classes = module, config, None
 
     def forward(self, images):
-        if ":" in self.config.get("name", ""):   # a user's own .view() may fail in channels-last
-            images = images.contiguous()
         output = self.module(images)
         return getattr(output, "logits", output)                  # transformers' models have it
 

@@ -1227,14 +1227,18 @@ def test_bad_flags_get_one_sentence_before_anything_is_written():
         ("--data /nowhere", "there is no folder /nowhere"),
         ("--model deit_huge --distillation hard", "neither one of torchvision's"),
         ("--model regnet_y_400mf --patch-size 8 --distillation hard", "patch_size is for DeiT"),
+        ("--model vit_b_32 --distillation none", "is for DeiT"),
         ("--model deit_tiny_distiled_patch16_224", "published name (deit_tiny_distilled_patch"),
         ("--model deit_tiny_patch16_224", "add it, or drop both"),
         ("--distillation none", "take --model deit_tiny_patch16_224"),
+        ("--teacher-weights ..", ".. is a folder: give a file in it"),
+        ("--teacher regnet_z", "neither one of torchvision's classifiers"),
         ("--teacher vit_b_32", "vit_b_32 does not turn images of 32 px into 3 logits"),
         ("--teacher-weights IMAGENET1K_V9", "neither a file nor a URL"),
         ("--teacher regnet_y_400mf --teacher-weights DEFAULT", "have 3: train a teacher"),
         ("--finetune /no/such.pt", "neither a file nor a URL nor a published name"),
         ("--finetune w.pth", "another architecture"),
+        ("--eval /no/such.pt", "neither a file nor a URL nor a published name"),
         ("--eval ..", ".. is a folder: give a file in it"),
         ("--batch-size 100", "fewer than a batch of 100"),
         ("--micro-batch 5", "take --micro-batch 4 or --batch-size 10"),
@@ -1337,6 +1341,7 @@ def resumed(folder, *flags):
     """What the run said that goes on in the folder; its result is that of the undisturbed one."""
     _, said = run(*FLAGS, *flags, "--output", folder, "--resume")
     close(result(folder), undisturbed(), 0)
+    assert [r["epoch"] for r in result(folder)[-1]] == [1, 2, 3]
     return said
 
 
@@ -1784,15 +1789,16 @@ class Net(torch.nn.Module):
         self.logits = logits
     def forward(self, x):
         calls.append((self.training, x.dtype, torch.is_grad_enabled()))
-        x = self.norm(self.conv(x))
-        x.view(len(x), -1)                        # fails in the channels-last layout
-        y = self.fc(x.amax((2, 3)) * 9)
+        y = self.fc(self.norm(self.conv(x)).amax((2, 3)) * 9)
         y = y - y.detach().mean(0) if len(x) > 1 else y
         return types.SimpleNamespace(logits=y) if self.logits else y
 net = Net
 plain = lambda num_classes: Net(num_classes, logits=False)
 wrong = lambda num_classes: Net(num_classes + 1)
 nothing = lambda num_classes: None
+class Views(Net):                                 # fails in a CPU's layout, channels-last
+    def forward(self, x):
+        return self.fc(self.conv(x).view(len(x), -1)[:, :8])
 two = lambda num_classes: torch.nn.MaxPool2d(2, return_indices=True)   # a tuple
 def timms(num_classes):                           # names as in timm's RegNets, in a wrapper
     net, layer = plain(num_classes), torch.nn.Conv2d(1, 1, 1)
@@ -1829,6 +1835,7 @@ def test_any_module_can_teach_and_nothing_is_written_onto_it():
         assert "agreement" in log[-1]
         for phrase, name in (("into 3 logits each (it gives (1, 4))", "mine:wrong"),
                              ("returned a NoneType", "mine:nothing"), ("logits each", "mine:two"),
+                             ("Use .reshape(...) instead", "mine:Views"),
                              ("cannot be used", "mine:missing"), ("arguments", "os:getcwd"),
                              ("cannot be used", "no_such:net")):
             with raises(phrase, SystemExit):

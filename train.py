@@ -187,13 +187,16 @@ def mean_and_std(device):
             for v in (deit.IMAGENET_MEAN, deit.IMAGENET_STD)]
 
 
+def layout_of(device):
+    """Of images: channels-last, but on CUDA the plain one, see make_model."""
+    return torch.contiguous_format if device.type == "cuda" else torch.channels_last
+
+
 def normalise(views, device):
-    """uint8 (B, S, S, 3) -> float (B, 3, S, S) by ImageNet's mean and deviation, on the device; on
-    CUDA in the plain layout, see make_model."""
+    """uint8 (B, S, S, 3) -> float (B, 3, S, S) by ImageNet's mean and deviation, on the device."""
     mean, std = mean_and_std(device)
-    layout = torch.contiguous_format if device.type == "cuda" else torch.preserve_format
-    images = views.to(device, non_blocking=True).permute(0, 3, 1, 2).float(memory_format=layout)
-    return images.sub_(mean).div_(std)
+    images = views.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return images.float(memory_format=layout_of(device)).sub_(mean).div_(std)
 
 
 def erase(images, boxes):
@@ -1136,12 +1139,14 @@ def check_compiler(processes):
                          "a GPU Triton too), or leave it out.") from e
 
 
-def must_accept(model, name, size, num_classes):
-    """The model, in evaluation mode, if it takes images of that size (a torchvision transformer
-    takes one only) and answers with num_classes logits."""
+def must_accept(model, name, size, num_classes, processes):
+    """The model, in evaluation mode and on the CPU, if it takes images of that size (a torchvision
+    transformer takes one only) in the layout of this run's device (a .view() may not), and answers
+    with num_classes logits."""
+    images = torch.zeros(1, 3, size, size).contiguous(memory_format=layout_of(processes.device))
     try:
         with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(1, 3, size, size)).shape)
+            shape = tuple(model.eval()(images).shape)
         if shape != (1, num_classes):
             raise ValueError(f"it gives {shape}")
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as e:
@@ -1161,7 +1166,7 @@ def make_model(cfg, processes):
     model = deit.create_classifier(cfg.model, cfg.num_classes, **given)
     if processes.device.type == "cuda":   # RegNets once trained 3 times slower in channels-last
         model.to(memory_format=torch.contiguous_format)
-    return must_accept(model, cfg.model, cfg.img_size, cfg.num_classes).train()
+    return must_accept(model, cfg.model, cfg.img_size, cfg.num_classes, processes).train()
 
 
 def make_teacher(cfg, state, train_images, val_loader, processes):
@@ -1181,7 +1186,7 @@ def make_teacher(cfg, state, train_images, val_loader, processes):
     torch.manual_seed(rng_for(cfg.seed, "teacher").getrandbits(63))   # for random weights
     teacher = processes.main_process_first(lambda: deit.load_teacher(
         cfg.teacher, weights, cfg.num_classes, img_size=cfg.img_size))
-    must_accept(teacher, cfg.teacher, cfg.img_size, cfg.num_classes)
+    must_accept(teacher, cfg.teacher, cfg.img_size, cfg.num_classes, processes)
     processes.check_same(**{"teacher's weights": teacher.sha256})   # nodes may hold unlike files
     if teacher.classes not in (None, cfg.classes):
         strange = [name for name in teacher.classes if name not in cfg.classes] or teacher.classes
@@ -1460,7 +1465,7 @@ def run_eval(args, processes):
     model = processes.main_process_first(
         lambda: deit.load_model(args.eval, model=model, say=processes.print0, **given))
     known, size = model.config["num_classes"], model.config["img_size"]
-    model = must_accept(model, args.eval, size, known).to(processes.device)
+    model = must_accept(model, args.eval, size, known, processes).to(processes.device)
     folder.renumber(model.classes or folder.classes)
     if known != len(folder.classes):
         raise InputError(f"{args.eval} knows {known} classes, {folder.root} has "
@@ -1522,7 +1527,7 @@ def run_benchmark(args, processes):
     rate = functools.partial(measure_rate, processes)
     loader_rate = rate(lambda: next(batches), micro, warm_up=ready)
     batch = next(batches)
-    teacher_rate, asked, no_cost = None, teacher, teacher   # of a complete Answers
+    teacher_rate, asked, no_cost = None, teacher, teacher   # complete Answers ask nobody
     if teacher and not (state.answers and state.answers.complete):
         images = normalise(batch[0], processes.device)
         asked = state.answers.teacher if state.answers else teacher
