@@ -384,13 +384,19 @@ def test_soft_loss_on_values_worked_by_hand():
     close(soft(far.repeat(4, 1) + 5, teacher.repeat(4, 1) - 2, 1.0), soft(far, teacher, 1.0))
 
 
+def test_hard_loss_is_cross_entropy_against_the_teachers_choice():
+    student = torch.tensor([[0.4, 0.4, 0.2], [0.1, 0.2, 0.7]]).log()
+    by_hand = torch.tensor(-(math.log(0.4) + math.log(0.2)) / 2)
+    for teacher in (torch.tensor([[9.0, 1.0, 0.0], [0.0, 5.0, 1.0]]), torch.tensor([0, 1])):
+        close(deit.hard_distillation_loss(student, teacher), by_hand)   # of logits, or of choices
+
+
 def test_combined_loss_weights_targets_types_and_refusals():
     cls, dis, t = torch.randn(3, 4, 5).unbind(0)
     y = torch.tensor([0, 4, 2, 2])
     ce, hard = F.cross_entropy(cls, y), F.cross_entropy(dis, t.argmax(1))
     loss, soft = deit.distillation_loss, deit.soft_distillation_loss
     close(loss(cls, dis, y, t), (ce + hard) / 2)
-    close(loss(cls, dis, y, t.argmax(1)), (ce + hard) / 2)        # the teacher's choices alone
     close(loss(cls, dis, y, t, "hard", 0.2), 0.8 * ce + 0.2 * hard)
     close(loss(cls, dis, y, t, "soft"), 0.9 * ce + 0.1 * soft(dis, t, 3.0))
     close(loss(cls, dis, y, t, "soft", 0.5, 2.0), 0.5 * ce + 0.5 * soft(dis, t, 2.0))
