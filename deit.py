@@ -588,6 +588,7 @@ def as_checkpoint(content, source=None):
     for key, value in state.items():
         key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
         key = re.sub(r"(denselayer\d+\.(norm|conv))\.([12])\.", r"\1\3.", key)   # files of 2017
+        key = key.replace("mlp.linear_1.", "mlp.0.").replace("mlp.linear_2.", "mlp.3.")   # ViT's
         clean[regnet_name(key) if timm else key] = value
     clean._metadata = getattr(state, "_metadata", None)   # versions, which MNASNet asks for
     return content | {"model": clean, "source": source}
@@ -642,6 +643,9 @@ def load_weights(model, source, *, new_heads=True, classes=None, say=print):
         say(f"{source} has {differ}: it starts anew.")
         init_linear(model.get_submodule(head))
         state.update({key: own[key] for key in own if key.startswith(f"{head}.")})
+    for key in own.keys() - state.keys():
+        if key.endswith(".num_batches_tracked"):                  # batch norms of 2017 had none
+            state[key] = own[key]
     here, there = ({f"{key} {tuple(x.shape)}{'' if x.is_floating_point() else ' of integers'}"
                     for key, x in entries.items()} for entries in (own, state))
     lacks, extra = sorted(here - there), sorted(there - here)
@@ -714,9 +718,10 @@ def to_rgb(image):
     """A Pillow image as RGB. Drops transparency, ignores EXIF rotation, as in the recipe; takes the
     upper 8 of 16 bits (Pillow's conversion clips to white). Raises ValueError for 32 bits, floats.
     """
-    if image.mode in ("I", "F"):
+    deep = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")   # 16 bits
+    if image.mode in ("I", "F") and not deep:
         raise ValueError(f"its values (mode {image.mode}) may have any range: convert it to 8 bits")
-    if image.mode.startswith("I;16"):
+    if deep:
         image = image.convert("I").point(lambda v: v * (1 / 256)).convert("L")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")   # else Pillow warns
