@@ -588,7 +588,8 @@ def as_checkpoint(content, source=None):
     for key, value in state.items():
         key = re.sub(r"^((module|_orig_mod)\.)+", "", key)
         key = re.sub(r"(denselayer\d+\.(norm|conv))\.([12])\.", r"\1\3.", key)   # files of 2017
-        key = key.replace("mlp.linear_1.", "mlp.0.").replace("mlp.linear_2.", "mlp.3.")   # ViT's
+        if ".encoder_layer_" in key:                              # of torchvision's ViT
+            key = key.replace(".linear_1.", ".0.").replace(".linear_2.", ".3.")
         clean[regnet_name(key) if timm else key] = value
     clean._metadata = getattr(state, "_metadata", None)   # versions, which MNASNet asks for
     return content | {"model": clean, "source": source}

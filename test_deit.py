@@ -478,6 +478,8 @@ def test_files_of_torchvisions_odd_models_load():
                 del state[old]
         deit.load_weights(loaded, state)
         close(loaded.state_dict(), model.state_dict(), 0)
+    other = {"mlp.linear_1.bias": torch.ones(1)}   # not ViT's
+    assert deit.as_checkpoint(other)["model"] == other
 
 
 def test_a_head_that_does_not_fit_starts_anew_which_is_said_or_refused():
