@@ -188,7 +188,7 @@ def mean_and_std(device):
 
 
 def layout_of(device):
-    """Of images: channels-last, but on CUDA the plain one, see make_model."""
+    """Memory layout of a batch of images: channels-last, on CUDA the plain one (see make_model)."""
     return torch.contiguous_format if device.type == "cuda" else torch.channels_last
 
 
