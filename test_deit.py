@@ -5,6 +5,7 @@ On the CPU, without network, in a minute or two; pytest collects the functions t
 outside where there are any: PyTorch's own attention and encoder layer, torchvision's transforms and
 models, values worked by hand, two processes against one. Letters as in deit.py.
 """
+import argparse
 import atexit
 import contextlib
 import copy
@@ -222,22 +223,19 @@ def test_the_picture_of_attention_is_bright_where_the_tokens_look():
         for bad, phrase in (("out.xyz", "unknown file extension"), ("no/out.png", "No such file")):
             with raises(phrase, SystemExit):
                 quiet(deit.main, [*argv, bad])
-    with raises("needs a photo", SystemExit):
-        deit.main(["--attention", "out.png"])
     assert "distillation head" in said and "out.png" in said
-    assert pixels.shape == (384 + 32, 3 * 384 + 16)
-    middles = np.stack([pixels[48:384:96, x + 48:x + 384:96] for x in (0, 392, 784)])
+    assert pixels.shape == (384, 3 * 384)
+    middles = np.stack([pixels[48:384:96, x + 48:x + 384:96] for x in (0, 384, 768)])
     expected = np.full((3, 4, 4), 200 * (0.15 + 0.85 * 0.01 / 0.5))    # dark
     expected[0] = expected[1, 1, 1] = expected[2, 2, 2] = 200          # the view itself comes first
     assert np.abs(middles - expected).max() < 8, middles
-    assert (pixels[384:] < 128).any(), "the answers are beneath"
 
 
 @torch.no_grad()
 def test_the_network_compiles_exports_and_runs_in_any_type():
-    model, teacher = small().eval(), deit.load_teacher(REGNET, None, 7)
+    model, teacher = small().eval(), deit.load_teacher("regnet_y_400mf", None, 7)
     expected = model(IMAGES)
-    batch = {"images": {0: torch.export.Dim("batch")}}
+    batch = {"images": {0: torch.export.Dim("batch", max=4096)}}
     exported = torch.export.export(model, (IMAGES,), dynamic_shapes=batch).module()
     close(exported(IMAGES[[0, 1, 1]]), expected[[0, 1, 1]])
     for cast in (torch.bfloat16, torch.float16):
@@ -364,8 +362,10 @@ def test_drop_path_is_linear_over_depth_per_sample_and_keeps_the_mean():
     assert y.max() == (torch.tensor(0.01).bfloat16().double() / 0.9).bfloat16()
     y = block.add(torch.zeros(200000, 1, 1), torch.linspace(0, 1, 200000).bfloat16()[:, None, None])
     assert y.dtype == torch.float32 and abs(y.double().mean() - 0.5) < 2e-3
-    with raises("drop_path is 1"):
-        deit.create_model(TI, drop_path=1)
+    for impossible in (dict(drop_path=1), dict(depth=0), dict(img_size=100), dict(num_heads=5)):
+        with raises(f"'{list(impossible)[0]}': {list(impossible.values())[0]}"
+                    if "drop_path" not in impossible else "drop_path, 1, in 0..1"):
+            deit.create_model(TI, **impossible)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -407,16 +407,30 @@ def test_combined_loss_weights_targets_types_and_refusals():
     for mode in ("hard", "soft"):   # double stays double
         value = loss(cls.double(), dis.double(), F.one_hot(y, 5).float(), t.double(), mode)
         close(value, loss(cls, dis, y, t, mode).double())
+    x, z = torch.randn(2, 4, 6, 5).unbind(0)
     for call in (lambda: loss(cls, dis, y, t[:, :3]), lambda: loss(cls, dis[:2], y, t, "none"),
-                 lambda: soft(dis, t[:, :3], 1.0), lambda: deit.hard_distillation_loss(dis, t[:1])):
-        with raises("do not match"):
+                 lambda: soft(dis, t[:, :3], 1.0), lambda: deit.hard_distillation_loss(dis, t[:1]),
+                 lambda: soft(x, z, 1.0), lambda: loss(x, x, y, z), lambda: loss(x, x, y, y),
+                 lambda: deit.hard_distillation_loss(x, z), lambda: loss(cls, x, y, z, "soft")):
+        with raises("must have one shape, (B, K)"):
             call()
     with raises("none of hard, soft, none"):
         loss(cls, dis, y, t, "medium")
 
 
+def test_a_teacher_that_says_nan_makes_the_loss_nan():
+    dis, y = torch.randn(4, 5), torch.arange(4)
+    for bad in (math.nan, math.inf, -math.inf):
+        t = torch.randn(4, 5)
+        t[2, 3] = bad
+        for mode in ("hard", "soft"):
+            assert not deit.distillation_loss(dis, dis, y, t, mode).isfinite(), (bad, mode)
+    t = torch.full((4, 5), 6e4, dtype=torch.float16)              # finite, but not its sum
+    assert deit.hard_distillation_loss(dis, t).isfinite()
+
+
 def test_each_loss_reaches_its_own_head_and_nothing_reaches_the_teacher():
-    model, teacher = small(), deit.load_teacher(REGNET, None, 7)
+    model, teacher = small(), deit.load_teacher("regnet_y_400mf", None, 7)
     y, heads = torch.tensor([1, 2]), [model.head.weight, model.head_dist.weight]
     for mode in ("hard", "soft"):
         for alpha, (reached, untouched) in ((0.0, heads), (1.0, heads[::-1])):
@@ -432,79 +446,94 @@ def test_each_loss_reaches_its_own_head_and_nothing_reaches_the_teacher():
 # ------------------------------------------------------------------------------------------------
 
 def test_official_and_timm_files_load_strictly_and_tell_their_architecture():
-    model = deit.create_model(TI, num_classes=5, depth=2)
-    state = model.state_dict()
+    model = deit.create_model(TI, num_classes=5, depth=2, img_size=64)
+    state, args = model.state_dict(), argparse.Namespace(lr=1e-3, output="o")
     prefixed = {"module._orig_mod." + key: value for key, value in state.items()}
-    for content in (state, prefixed, {"model": state}):
-        other = deit.create_model(TI, num_classes=5, depth=2)
-        deit.load_weights(other, content)
-        close(other.state_dict(), state, 0)
-    with working_folder():
-        torch.save(content, "w.pth")
-        loaded, _ = quiet(deit.load_model, "w.pth")
+    for content in (state, prefixed, {"model": state, "args": args, "config": {"lr": 1}},
+                    {"state_dict": prefixed, "args": args, "arch": "vit"}):
+        other, said = deit.create_model(TI, num_classes=5, depth=2, img_size=64), []
+        with working_folder():
+            torch.save(content, "w.pth")
+            deit.load_weights(other, "w.pth")
+            if "config" in content:
+                continue
+            loaded = deit.load_model("w.pth", say=said.append)
+            with raises("blocks.2"):
+                deit.load_weights(deit.create_model(TI, num_classes=5, depth=3, img_size=64), "w.pth")
+            for name in (TI, TI.replace("tiny", "base")):   # the name tells another size
+                with raises("w.pth "):
+                    deit.load_model("w.pth", model=name)
+        assert len(said) == 1 and "num_heads (--num-heads); 3 are taken" in said[0]
         assert loaded.config | {"name": TI} == model.config and not loaded.training
-        close(loaded.state_dict(), state, 0)
-        with raises("blocks.2"):
-            deit.load_weights(deit.create_model(TI, num_classes=5, depth=3), "w.pth")
-        with raises("5 classes in head, not 1000"):   # trained heads are not thrown away unasked
-            deit.load_model("w.pth", model=TI)
+        for got in (other, loaded):
+            close(got.state_dict(), state, 0)
 
 
-def test_a_guessed_number_of_heads_is_said():
-    argv, said = [f"{shared_images()}/val/10/0.JPEG", "--weights", "w.pth"], []
+def test_the_number_of_heads_is_never_guessed_in_silence():
+    argv, model = [f"{shared_images()}/val/10/0.JPEG", "--weights", "w.pt"], small()
     with working_folder():
-        torch.save(deit.create_model(TI, embed_dim=128, num_heads=4, depth=1).state_dict(), "w.pth")
-        assert deit.load_model("w.pth", say=said.append).config["num_heads"] == 2
-        assert len(said) == 1 and "num_heads: 2 is guessed" in said[0]
-        assert deit.load_model("w.pth", say=said.append, num_heads=4).config["num_heads"] == 4
-        assert "guessed" in quiet(deit.main, argv)[1]
-        assert "guessed" not in quiet(deit.main, [*argv, "--num-heads", "4"])[1]
-        torch.save(deit.create_model(TI, depth=1).state_dict(), "w.pth")
-        deit.load_model("w.pth", say=said.append)
-        assert len(said) == 1, "published widths are silent"
+        torch.save(model.state_dict(), "w.pt")
+        with raises("no published model has its width, 32"):
+            deit.load_model("w.pt")
+        with raises("no published model has its width, 32", SystemExit):
+            quiet(deit.main, argv)
+        assert "both" in quiet(deit.main, [*argv, "--num-heads", "2"])[1]
+        assert deit.load_model("w.pt", num_heads=4).config["num_heads"] == 4
+        torch.save(checkpoint(model), "w.pt")
+        for refused in (lambda: deit.load_model("w.pt", num_heads=4),
+                        lambda: deit.load_weights(small(num_heads=4), "w.pt")):
+            with raises("2 attention heads, not 4"):
+                refused()
 
 
-def test_files_of_torchvisions_odd_models_load():
-    """As released: MNASNet's with a version, DenseNet's and ViT's with other names, the oldest
-    without their batch norms' counts."""
-    for name in ("mnasnet0_5", "densenet121", "resnet18", "vit_b_32"):
-        model, loaded = (deit.create_classifier(name, 3) for _ in range(2))
+def test_old_files_of_torchvision_load():
+    """MNASNet's have a version; the oldest lack batch norms' counts, ViT's have other names."""
+    for name in ("mnasnet0_5", "resnet18", "vit_b_32"):
+        model, loaded = (deit.create_model(name, num_classes=3) for _ in range(2))
         state = model.state_dict()
-        for key in list(state):
-            old = re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", key)
-            old = old.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2.")
-            state[old] = state.pop(key)
-            if name != "mnasnet0_5" and old.endswith("num_batches_tracked"):
-                del state[old]
+        if name != "mnasnet0_5":
+            state = {key.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): x
+                     for key, x in state.items() if not key.endswith("num_batches_tracked")}
         deit.load_weights(loaded, state)
         close(loaded.state_dict(), model.state_dict(), 0)
-    other = {"mlp.linear_1.bias": torch.ones(1)}   # not ViT's
-    assert deit.as_checkpoint(other)["model"] == other
 
 
 def test_a_head_that_does_not_fit_starts_anew_which_is_said_or_refused():
-    source, names = small(), list("ABCDEFG")
-    state = source.state_dict()
-    backbone = {f"module.{k}": v for k, v in state.items() if not k.startswith("head")}
-    for given, count, difference in (
-            (backbone, 9, "0 classes in {}, not 9"), (state, 4, "7 classes in {}, not 4"),
-            (checkpoint(source), 7, "other classes in {}, not these")):
-        model, said = small(num_classes=count), []
-        torch.nn.init.zeros_(model.head.weight)
-        deit.load_weights(model, given, classes=names, say=said.append)
-        for head, text in zip(("head", "head_dist"), said, strict=True):
-            assert f"has {difference.format(head)}: it starts anew" in text
-        close(model.blocks.state_dict(), source.blocks.state_dict(), 0)
-        weight = model.head.weight
-        assert weight.std() > 0 and not torch.equal(weight, source.head.weight)
-        with raises(f"has {difference.format('head')}: it was trained on other classes"):
-            deit.load_weights(model, given, classes=names, new_heads=False)
-    deit.load_weights(model, checkpoint(source), classes=list("abcdefg"), say=said.append)
-    assert len(said) == 2 and torch.equal(model.head.weight, source.head.weight)
+    class Odd(torch.nn.Module):
+        """A convolutional head, registered first, a linear one, and K features that are no head."""
+        def __init__(self, K):
+            super().__init__()
+            self.conv_head, self.head = torch.nn.Conv2d(8, K, 1), torch.nn.Linear(8, K, bias=False)
+            self.body, self.norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(7)
+
+    wrap = lambda K: deit.Classifier(Odd(K), num_classes=K)
+    for make, heads in ((lambda K: small(num_classes=K), ["head", "head_dist"]),
+                        (lambda K: deit.create_model("squeezenet1_0", num_classes=K), ["classifier.1"]),
+                        (lambda K: deit.create_model("resnet18", num_classes=K), ["fc"]),
+                        (wrap, ["conv_head", "head"])):
+        state = make(7).state_dict()
+        body = {k: v for k, v in state.items() if k.rpartition(".")[0] not in heads}
+        for given, found, count in ((state, 7, 4), ({f"module.{k}": v for k, v in body.items()}, 0, 7)):
+            model, said = make(count), []
+            before = copy.deepcopy(model.state_dict())
+            deit.load_weights(model, given, say=said.append)
+            assert said == [f"the state dict has {found} classes in {head}, not {count}: it starts "
+                            "anew." for head in heads]
+            for key, x in model.state_dict().items():
+                close(x, body[key] if key in body else before[key], 0)
+            with raises(f"{found} classes in {heads[0]}, not {count}"):
+                deit.load_weights(model, given, new_heads=False)
+        deit.load_weights(make(7), state, say=lambda text: 1 / 0)   # it fits: nothing to say
+    for key, x in (("head.weight", torch.ones(7, 9)), ("norm.bias", torch.ones(5)),
+                   ("body.weight", torch.ones(7, 3, 3, 3)), ("head.weight", torch.ones(()))):
+        with raises("another architecture"):
+            deit.load_weights(wrap(7), wrap(7).state_dict() | {key: x})
     with working_folder():
-        torch.save({"model": backbone}, "w.pth")
-        loaded = deit.load_model("w.pth", say=said.append, num_heads=2, num_classes=3)
-        assert loaded.head.weight.shape == (3, 32)
+        for content in ({"model": body}, checkpoint(small()) | {"model": {
+                k: v for k, v in small().state_dict().items() if "head" not in k}}):
+            torch.save(content, "w.pth")   # a backbone has no classes to choose from
+            with raises("w.pth "):
+                deit.load_model("w.pth", num_heads=2)
 
 
 def test_position_embedding_is_resized_bicubically_with_its_tokens_kept():
@@ -521,12 +550,14 @@ def test_position_embedding_is_resized_bicubically_with_its_tokens_kept():
 
 
 @contextlib.contextmanager
-def fake_hub():
+def fake_hub(**methods):
     """Works in a new folder that is served on localhost, with an empty cache; its address."""
-    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: 0})
+    handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,),
+                   {"log_message": lambda *args: None} | methods)
     with working_folder() as folder, http.server.ThreadingHTTPServer(
             ("127.0.0.1", 0), handler) as server, \
             patched(torch.hub, "get_dir", lambda: os.path.join(folder, "hub")):
+        server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
@@ -539,23 +570,61 @@ def test_published_weights_are_downloaded_once_and_hash_checked():
         sha256 = hashlib.sha256(Path("w").read_bytes()).hexdigest()[:8]
         shutil.copy("w", f"{TI}-deadbeef.pth")
         os.rename("w", f"{TI}-{sha256}.pth")
-        with patched(deit, "VARIANTS", {TI: (*entry, "deadbeef")}), raises("invalid hash"):
+        with patched(deit, "VARIANTS", {TI: (*entry, "deadbeef")}), raises("its hash is not the"):
             deit.create_model(TI, pretrained=True)
-        assert os.listdir("hub/checkpoints") == []
+        assert not os.path.exists("hub")
         with patched(deit, "VARIANTS", {TI: (*entry, sha256)}):
-            close(deit.create_model(TI, pretrained=True).state_dict(), model.state_dict(), 0)
-            os.remove(f"{TI}-{sha256}.pth")
-            deit.create_model(TI, pretrained=True)                # from the cache now
+            for _ in range(2):
+                close(deit.create_model(TI, pretrained=True).state_dict(), model.state_dict(), 0)
+                os.path.exists(f"{TI}-{sha256}.pth") and os.remove(f"{TI}-{sha256}.pth")   # cached
+            assert deit.load_model(TI).config == model.config
+        assert os.listdir("hub/checkpoints") == [f"{TI}-{sha256}.pth"]
+
+
+def test_a_download_that_fails_ends_and_leaves_nothing():
+    from urllib.request import urlopen
+
+    def impatient(source, timeout):   # the first byte, and each next one, may take a minute
+        assert timeout == 60
+        return urlopen(source, timeout=0.3)
+
+    def do_GET(self):
+        stalled = "stalls" in self.path
+        if self.path != "/stalls-before-12345678.pt":
+            self.send_response(200)
+            self.send_header("Content-Length", "900")
+            self.end_headers()
+            self.wfile.write(b"<html>" + b" " * (0 if "half" in self.path or stalled else 894))
+        stalled and time.sleep(1)
+
+    cases = {"stalls-before-12345678.pt": "timed out", "stalls-inside-12345678.pt": "timed out",
+             "half-12345678.pt": "IncompleteRead", "page-12345678.pt": "its hash is not the one",
+             "best.pt": "no URL that ends in a hash", "best-20261231.pt": "its hash is not the one"}
+    with fake_hub(do_GET=do_GET) as url, patched(deit.urllib.request, "urlopen", impatient):
+        for name, phrase in cases.items():
+            with raises(phrase):
+                deit.read_checkpoint(url + name)
+        with raises("could not be downloaded (URLError"):
+            deit.read_checkpoint("http://127.0.0.1:9/nothing-12345678.pt")
+        assert list(Path("hub").rglob("*.*")) == [], "nothing is left"
 
 
 def test_torchvisions_published_weights_start_a_model_with_new_heads():
-    model = trained_looking(deit.create_classifier(REGNET, 1000))
-    argv = (f"--data {shared_images()} --model {REGNET} --pretrained --epochs 2 --warmup-epochs 1 "
+    import torchvision.models
+    name = "regnet_y_400mf"
+    model = trained_looking(deit.create_model(name))
+    argv = (f"--data {shared_images()} --model {name} --pretrained --epochs 2 --warmup-epochs 1 "
             "--batch-size 12 --lr 2e-3 --img-size 32 --workers 0 --output o").split()
-    with fake_hub() as url, patched(deit, "released_url", lambda *names: url + "demo.pth"):
+    with fake_hub() as url:
         torch.save(model.state_dict(), "demo.pth")
-        close(deit.load_model(REGNET)(IMAGES), model(IMAGES))
+        sha256 = hashlib.sha256(Path("demo.pth").read_bytes()).hexdigest()
+        shutil.copy("demo.pth", f"demo-{sha256}.pth")
+        entry = types.SimpleNamespace(DEFAULT=types.SimpleNamespace(url=f"{url}demo-{sha256}.pth"))
+        stack = contextlib.ExitStack()
+        stack.enter_context(patched(torchvision.models, "get_model_weights", lambda name: entry))
+        close(deit.load_model(name)(IMAGES), model(IMAGES))
         _, said = quiet(train.main, argv)
+        stack.close()
         assert "1000 classes in fc, not 3: it starts anew" in said
         last = deit.read_checkpoint("o/best.pt")["model"]["stem.0.weight"]
         assert (last - model.state_dict()["stem.0.weight"]).abs().max() < 0.1
@@ -565,29 +634,16 @@ def test_torchvisions_published_weights_start_a_model_with_new_heads():
 
 def test_published_names_are_torchvisions():
     from torchvision.models import RegNet_Y_400MF_Weights as table
-    assert deit.released_url("regnet_y_400mf") == table.IMAGENET1K_V2.url
-    assert deit.released_url("regnet_y_400mf", "IMAGENET1K_V1") == table.IMAGENET1K_V1.url
-    assert deit.create_classifier("efficientnet_b1").config["img_size"] == 240
-    for name in ("no_such_thing", "a/b.pt"):
-        with raises("neither a file nor a URL nor a published name"):
-            deit.released_url(name)
-
-
-def test_a_broken_download_is_never_used_and_urls_do_not_mix():
-    with fake_hub() as url:
-        for i in (1, 2):
-            os.mkdir(str(i))
-            torch.save({"w": torch.full((500,), float(i))}, f"{i}/best.pt")
-        whole = Path("2/best.pt").read_bytes()
-        Path("2/best.pt").write_bytes(whole[:900])
-        with raises("no checkpoint that can be read"):
-            deit.read_checkpoint(url + "2/best.pt")
-        Path("2/best.pt").write_bytes(whole)                      # the server is mended
-        for i in (1, 2, 1):
-            assert deit.read_checkpoint(f"{url}{i}/best.pt")["model"]["w"][0] == i
-        for missing in (url + "nothing-12345678.pth", "http://127.0.0.1:9/refused.pt"):
+    asked = []
+    with fake_hub(), patched(deit.urllib.request, "urlopen", lambda url, timeout: asked.append(url)):
+        for source in ("regnet_y_400mf", TI):
             with raises("could not be downloaded"):
-                deit.read_checkpoint(missing)
+                deit.load_teacher(source)
+        for name in ("no_such_thing", "a/b.pt", "."):
+            for call in (deit.load_teacher, deit.load_model, deit.create_model):
+                with raises("no URL that ends in a hash (-1234abcd.pth), and no model's name"):
+                    call(name)
+    assert asked == [table.DEFAULT.url, f"{deit.RELEASES}{TI}-b40b3cf7.pth"]
 
 
 def test_mutated_checkpoints_load_the_same_values_or_are_refused_in_a_sentence():
@@ -616,44 +672,149 @@ def test_mutated_checkpoints_load_the_same_values_or_are_refused_in_a_sentence()
 def test_odd_state_dicts_and_configs_are_refused_in_a_sentence():
     good, ones = checkpoint(small()), torch.ones(32)
     state, config = good["model"], good["config"]
-    lacking = [{k: v for k, v in whole.items() if k not in ("norm.bias", "num_heads")}
-               for whole in (state, config)]
-    unusable = "has an unusable 'config' or 'classes'"
-    cases = [("model", "no state dict", odd) for odd in (
-        {1: ones}, {"w": 5}, state | {"norm.weight": ones.to_sparse()})]
+    lacking = {k: v for k, v in state.items() if k != "norm.bias"}
+    cases = [("model", "can be read safely", odd) for odd in ({"w": 5}, {1: [2]})]
     cases += [("model", "another architecture", odd) for odd in (
-        lacking[0], state | {"more": ones}, state | {"norm.weight": ones.long()},
-        state | {"head.weight": torch.tensor(1.0)}, state | {"pos_embed": torch.zeros(5)},
-        state | {"pos_embed": torch.zeros(1, 2, 32)})]
-    cases += [("config", unusable, odd) for odd in (
-        [1], "x", 5, {"name": TI, "size": 3}, config | {"name": 3},
-        config | {"num_classes": 10**13})]
-    cases += [("config", "num_heads 3", lacking[1]),
-              ("config", "img_size is '32'", config | {"img_size": "32"}),
-              ("config", "depth is 2.0", config | {"depth": 2.0})]
-    cases += [("classes", unusable, odd) for odd in (5, ["a"], list(range(7)))]
+        lacking, state | {"more": ones}, state | {"norm.weight": ones[:5]},
+        state | {"blocks.0.norm1.weight": torch.tensor(1.0)},
+        state | {"pos_embed": torch.zeros(1, 9, 32)})]
+    cases += [("model", "fits no model", odd) for odd in (
+        state | {"pos_embed": torch.zeros(5)}, state | {"head.weight": torch.tensor(1.0)},
+        {"fc.weight": ones}, {1: ones} | state)]
+    cases += [("config", "fits no model", odd) for odd in (
+        [1], "x", 5, {"name": TI, "size": 3}, config | {"name": 3}, config | {"num_heads": "2"},
+        config | {"drop_path": None}, config | {"name": "resnet18", "num_classes": 10**9})]
     with working_folder():
         for key, phrase, odd in cases:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")   # of sparse tensors
-                torch.save(good | {key: odd}, "w.pt")
-                with raises(phrase):
-                    deit.load_model("w.pt")
+            torch.save(good | {key: odd}, "w.pt")
+            with raises(phrase):
+                deit.load_model("w.pt")
+        for odd in (5, ["a"], {}, None):
+            torch.save(good | {"classes": odd}, "w.pt")
+            assert deit.load_model("w.pt").classes is None
+
+
+def test_a_small_file_takes_little_memory():
+    """Each file that claims to be large is a sentence, or the small model that its tensors are."""
+    code = """
+import io, os, resource, sys, torch, zipfile
+from torch.fx.experimental import optimization
+import deit, test_deit, torchvision.models
+good = test_deit.checkpoint(test_deit.small())
+state, config = good["model"], good["config"]
+z, D = torch.zeros(4 * 768 * 768), 768
+shapes = {"norm1.weight": (D,), "norm1.bias": (D,), "attn.qkv.weight": (3 * D, D),
+          "attn.qkv.bias": (3 * D,), "attn.proj.weight": (D, D), "attn.proj.bias": (D,),
+          "norm2.weight": (D,), "norm2.bias": (D,), "mlp.fc1.weight": (4 * D, D),
+          "mlp.fc1.bias": (4 * D,), "mlp.fc2.weight": (D, 4 * D), "mlp.fc2.bias": (D,)}
+one_storage = {f"blocks.{i}.{key}": z[:torch.Size(s).numel()].view(s)
+               for i in range(99) for key, s in shapes.items()}
+one_storage |= {"patch_embed.proj.weight": z[:768 * D].view(D, 3, 16, 16),
+                "pos_embed": z[:5 * D].view(1, 5, D), "head.weight": z[:7 * D].view(7, D)}
+wide = torch.zeros(1, 1, 192).expand(1, 1 + 5000**2, 192)
+resnet = deit.create_model("resnet18", num_classes=4)
+files = [good | {"config": config | odd} for odd in (dict(depth=10**9), dict(img_size=10**7))]
+files += [{"model": resnet.state_dict(), "config": resnet.config | {"num_classes": 10**9}},
+          {f"{i}.norm1.weight": torch.ones(1) for i in range(30000)}, state | {"pos_embed": wide},
+          {f"blocks.{i}.mlp.fc2.weight": torch.ones(1, 4) for i in range(30000)} | {
+           "patch_embed.proj.weight": torch.ones(1, 3, 1, 1), "pos_embed": torch.ones(1, 2, 1)},
+          one_storage]
+for i, content in enumerate(files):
+    torch.save(content, f"{i}.pt")
+with zipfile.ZipFile("deflated.pt", "w", zipfile.ZIP_DEFLATED) as f:
+    f.writestr("w/data.pkl", bytes(2**29))
+with zipfile.ZipFile("0.pt") as f:
+    entries = f.infolist()
+    largest = max(entries, key=lambda entry: entry.file_size)
+with zipfile.ZipFile("overlapping.pt", "w") as f:
+    f.writestr("w/data.pkl", bytes(2**20))
+    f.filelist += f.filelist * 9999
+    f._didModify = True
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sorted(p for p in os.listdir() if p.endswith(".pt")):
+    for call in (deit.load_model, lambda path: deit.load_teacher("resnet18", path, 4),
+                 lambda path: deit.load_weights(deit.create_model("deit_tiny_patch16_224"), path)):
+        try:
+            call(path)
+            print(path, "loaded")
+        except deit.InputError as e:
+            assert len(str(e)) < 600 and "\\n" not in str(e), e
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    with working_folder():
+        out = launch("-c", code)
+    *loaded, megabytes = out.stdout.splitlines() or ["nothing"]
+    assert loaded == ["0.pt loaded", "1.pt loaded"], out   # their tensors are of a small model
+    assert int(megabytes) < 500, megabytes
 
 
 def test_files_that_could_run_code_or_hold_no_weights_are_refused():
     bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, ("exploded",))})()
     with working_folder():
-        for content, phrase in (({"model": bomb}, "no checkpoint that can be read safely"),
-                                ([1, 2], "holds no state dict")):
+        for content in ({"model": bomb}, [1, 2], {"model": {}, "args": bomb}):
             torch.save(content, "w.pth")
-            with raises(phrase):
-                deit.read_checkpoint("w.pth")
-            with raises(phrase):
-                deit.load_teacher(REGNET, "w.pth", 7)
-            with raises(phrase, SystemExit):
-                run("--finetune", "w.pth")
+            for call in (deit.read_checkpoint, lambda path: deit.load_teacher(TI, path, 7)):
+                with raises("keep the tensors alone where it was made: import torch; torch.save(mod"):
+                    call("w.pth")
         assert not os.path.exists("exploded")
+
+
+def test_texts_of_files_reach_no_terminal_as_they_are():
+    escape, photo = "\x1b[2J\nx", f"{shared_images()}/val/10/0.JPEG"
+    good = checkpoint(small())
+    names = [escape, *"bcdefg"]
+    with working_folder():
+        torch.save(good | {"classes": names}, "w.pt")
+        _, said = quiet(deit.main, [photo, "--weights", "w.pt"])
+        for content in (good | {"config": good["config"] | {"name": escape}},
+                        good | {"model": good["model"] | {escape: torch.ones(1)}},
+                        good | {"config": good["config"] | {"num_heads": escape}}):
+            torch.save(content, "w.pt")
+            with raises("w.pt "):
+                deit.load_model("w.pt")
+            try:
+                deit.load_model("w.pt", model=TI)
+            except deit.InputError as e:
+                said += str(e)
+    assert "\x1b" not in said and repr(escape) in said
+    for error in (ValueError("x" * 999 + "\ny"), OSError(escape), ValueError(
+            "Weights only load failed. This file can still be loaded, to do so you have two options"),
+            ValueError("In PyTorch 2.6, ... Re-running with `weights_only` set to `False` will")):
+        said = deit.reason(error)
+        assert len(said) <= 300 and said.isprintable() and "False" not in said, said
+        assert said.startswith(type(error).__name__)
+
+
+def test_no_image_starts_a_program_or_waits_for_ever():
+    """Pillow would give an EPS file to Ghostscript, whatever its suffix; a pipe has no end."""
+    with working_folder() as folder, patched(os, "environ", os.environ | {"PATH": folder}):
+        Path("gs").write_text("#!/bin/sh\n/bin/touch called")
+        os.chmod("gs", 0o755)
+        Path("7.JPEG").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+        os.mkfifo("pipe.jpg")
+        torch.save(checkpoint(small()), "w.pt")
+        for path, phrase in (("7.JPEG", "cannot identify"), ("pipe.jpg", "no regular one"),
+                             ("gone.jpg", "there is no such file")):
+            with raises(phrase, OSError):
+                deit.open_image(path)
+            with raises(f"{path} cannot be read as an image (", SystemExit):
+                quiet(deit.main, [path, "--weights", "w.pt"])
+        with Image.open("7.JPEG") as image:
+            assert image.format == "EPS"
+        assert not os.path.exists("called")
+        for name in ("jpeg", "png", "webp", "bmp", "gif", "ppm", "tiff", "mpo", "avif"):
+            if name.upper() in Image.SAVE:
+                noise_image(8, 8).save("x.jpg", name)
+                assert deit.open_image("x.jpg").size == (8, 8)
+
+
+def test_nan_is_no_answer():
+    model = small()
+    torch.nn.init.constant_(model.head_dist.weight, math.nan)
+    with working_folder():
+        torch.save(checkpoint(model), "w.pt")
+        with raises("w.pt: the distillation head says nan", SystemExit):
+            quiet(deit.main, [f"{shared_images()}/val/10/0.JPEG", "--weights", "w.pt"])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -672,7 +833,7 @@ def trained_looking(model):
 def test_teacher_is_the_model_of_the_file_frozen_for_good():
     x, classes = torch.randn(2, 3, 64, 64), list("abcdefghij")
     for name in ("regnet_y_400mf", "resnet18", TI):
-        plain = trained_looking(deit.create_classifier(name, 10, img_size=64))
+        plain = trained_looking(deit.create_model(name, num_classes=10, img_size=64))
         with working_folder():
             torch.save({"model": plain.state_dict(), "classes": classes}, "t.pth")
             teacher = deit.load_teacher(name, "t.pth", 10, img_size=64)
@@ -687,41 +848,26 @@ def test_teacher_is_the_model_of_the_file_frozen_for_good():
             half, usual = teacher(x), plain(x).float()
         assert half.dtype == torch.bfloat16
         assert (half.float() - answer).abs().mean() < 3 * (usual - answer).abs().mean()
-        close(teacher(x), answer, 0)                              # the float32 weights still there
-
-
-def test_teachers_cast_copy_is_no_part_of_it_and_never_stale():
-    teacher, other = (deit.load_teacher("regnet_y_400mf", None, 7) for _ in range(2))
-    keys = teacher.state_dict().keys()
-    with torch.autocast("cpu", torch.bfloat16):
-        before = teacher(IMAGES)
-        assert teacher.cast and teacher.state_dict().keys() == keys
         twin = copy.deepcopy(teacher)
-        assert not twin.cast and teacher.cast
-        close(twin(IMAGES), before, 0)
-        teacher.load_state_dict(other.state_dict())
-        close(teacher(IMAGES), other(IMAGES), 0)
-        teacher.model.load_state_dict(twin.model.state_dict())
-        close(teacher(IMAGES), before, 0)
-        assert not torch.equal(other(IMAGES), before) and twin.cast
-    assert teacher.to(torch.float64).cast == {}
-    assert teacher(IMAGES.double()).dtype == torch.float64
+        twin.load_state_dict({k: v * 0 for k, v in teacher.state_dict().items()})
+        assert twin(x).abs().max() == 0
+        close(teacher(x), answer, 0)                              # the twin is apart
 
 
 def test_teacher_is_refused_when_it_does_not_fit():
     base = TI.replace("tiny", "base")
     with working_folder():
-        torch.save(deit.create_classifier(REGNET, 4).state_dict(), "t.pth")
+        torch.save(deit.create_model("regnet_y_400mf", num_classes=4).state_dict(), "t.pth")
         torch.save(checkpoint(small()), "deit.pth")
         torch.save(deit.create_model(TI, num_classes=7).state_dict(), "bare.pth")
         for name, weights, count, phrase in (
-                ("regnet_y_400mf", "IMAGENET21K", 1000, "IMAGENET1K_V1, IMAGENET1K_V2"),
-                (TI, "typo.pth", 1000, "'typo.pth' is neither a file nor a URL"),
-                (REGNET, "t.pth", 7, "has 4 classes in fc, not 7"),
-                ("regnet_y_400mf", "t.pth", 4, "another architecture"),
+                ("regnet_y_400mf", "DEFAULT", 7, "knows 1000 classes, not 7: train a teacher"),
+                (TI, "typo.pth", 1000, "'typo.pth' is no file"),
+                ("regnet_y_400mf", "t.pth", 7, "has 4 classes in fc, not 7"),
+                ("regnet_y_800mf", "t.pth", 4, "another architecture"),
                 (TI, "deit.pth", 5, "has 7 classes in head, not 5"),
-                (base, "deit.pth", 7, f"holds a {TI}, not a {base}"),
-                (base, "bare.pth", 7, f"bare.pth is of another architecture than {base}: ")):
+                (base, "deit.pth", 7, f"it holds '{TI}'"),
+                (base, "bare.pth", 7, "bare.pth is of another architecture")):
             with raises(phrase):
                 deit.load_teacher(name, weights, count)
 
@@ -895,7 +1041,9 @@ def test_every_kind_of_image_becomes_rgb_as_the_recipe_does():
                       ("gif", dict(save_all=True, append_images=[noise_image(5, 4, 1)] * 2))):
         images.append(Image.open(encoded(picture, kind, **how)))
     for image in images:
-        rgb = deit.to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")   # of a palette's transparency
+            rgb = deit.to_rgb(image)
         assert rgb.mode == "RGB" and rgb.size == (5, 4), image
     deep = Image.fromarray(np.full((4, 5), 40000, np.uint16))
     for image in (deep, Image.open(encoded(deep, "ppm"))):
@@ -1065,7 +1213,7 @@ def test_a_validation_set_that_lacks_classes_is_counted_by_the_models_numbers():
 
 def test_evaluation_counts_each_image_once_for_1_2_3_processes():
     val = train.ImageFolder(f"{shared_images()}/val")   # 15 images
-    models = {"model": small(num_classes=3), "net": deit.create_classifier(REGNET, 3)}
+    models = {"model": small(num_classes=3), "net": deit.create_model(REGNET, num_classes=3)}
     every, totals = np.arange(len(val)), []
     for world_size in (1, 2, 3):
         parts = []
@@ -1099,7 +1247,7 @@ def test_checkpoint_has_one_schema_and_serves_every_reader():
         assert abs(scores["both"] - log[best["epoch"] - 1]["both"]) < 1e-6
         assert deit.load_teacher(TI, "o/best.pt", 3).classes == ["1", "10", "2"]
         _, said = quiet(deit.main, [f"{shared_images()}/val/10/0.JPEG", "--weights", "o/best.pt"])
-        assert "distillation head" in said and "both" in said and " %  10\n" in said
+        assert "distillation head" in said and "both" in said and " %  '10'\n" in said
         flags = "--epochs 2 --output f --finetune o/best.pt --img-size 64".split()
         with raises("has 2 attention heads, not 1: give --num-heads 2", SystemExit):
             run(*flags, "--num-heads", "1")
@@ -1164,7 +1312,7 @@ def test_every_row_of_table_3_can_be_trained():
 
 def constant_teacher(k):
     """The state dict of a teacher of three classes that always says class k."""
-    state = deit.create_classifier(REGNET, 3).state_dict()
+    state = deit.create_model(REGNET, num_classes=3).state_dict()
     state["fc.weight"].zero_()
     state["fc.bias"].copy_(F.one_hot(torch.tensor(k), 3))
     return state
@@ -1327,8 +1475,7 @@ def test_a_demo_that_another_one_outran_takes_its_pictures():
 
 def test_command_lines_say_what_they_should():
     _, said = quiet(deit.main, [])
-    assert [line.split()[0] for line in said.splitlines()[1:]] == list(deit.VARIANTS)
-    assert "5,910,800" in said and "85.224" in said
+    assert said.split()[:8] == list(deit.VARIANTS)
     code = "import sys, deit; print([m for m in ('torchvision', 'PIL') if m in sys.modules])"
     out = launch("-OO", "-c", code + "\nimport train; train.main(['--help'])")   # no docstrings
     assert out.returncode == 0 and out.stdout.startswith("[]\n"), out
@@ -1776,16 +1923,18 @@ def test_a_regnet_under_timms_names_loads_strictly_with_the_same_logits():
     with working_folder():
         torch.save(named, "t.pth")
         close(deit.load_teacher("regnet_y_400mf", "t.pth", 5)(x), model(x), 1e-4)
-        with raises("another architecture than regnet_y_800mf"):
+        with raises("another architecture"):
             deit.load_teacher("regnet_y_800mf", "t.pth", 5)
 
 
-def test_names_of_other_models_are_no_timm_names():
-    for name in (TI, "vgg11", "resnet18", "densenet121", "swin_t", "efficientnet_b0",
-                 "convnext_tiny", "vit_b_16", "mnasnet0_5", "squeezenet1_0"):
-        with torch.device("meta"):
-            state = deit.create_classifier(name).state_dict()
-        assert deit.as_checkpoint(state)["model"].keys() == state.keys(), name
+def test_names_that_a_model_has_are_not_translated():
+    names = [name for name in ("vgg11", "densenet121", "swin_t", "vit_b_16", "mnasnet0_5")]
+    for model in [small(), *(deit.create_model(name, num_classes=3) for name in names)]:
+        state = {key: x + 1 for key, x in model.state_dict().items()}
+        state = type(model.state_dict())(state)
+        state._metadata = model.state_dict()._metadata
+        deit.load_weights(model, state)
+        close(dict(model.state_dict()), dict(state), 0)
 
 
 MINE = """
@@ -1839,15 +1988,15 @@ def test_any_module_can_teach_and_nothing_is_written_onto_it():
         own, x = mine.net(3).eval(), torch.randn(2, 3, 32, 32)
         with torch.autocast("cpu", torch.bfloat16):
             close(teacher(x), own(x).logits, 0)
-        assert mine.calls[0] == (False, torch.float32, False) and not teacher.cast
-        inner = teacher.model.module
+        assert mine.calls[0][:2] == (False, torch.float32) and not teacher(x).requires_grad
+        inner = teacher.module
         assert inner.config == "mine" and not hasattr(inner, "classes")
         assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()) == 1
         flags = ["--epochs", "2", "--teacher-weights", "DEFAULT", "--teacher"]
         log, _ = run(*flags, "mine:net")
         assert "agreement" in log[-1]
         for phrase, name in (("into 3 logits each (it gives (1, 4))", "mine:wrong"),
-                             ("returned a NoneType", "mine:nothing"), ("logits each", "mine:two"),
+                             ("gives no module for a class count", "mine:nothing"), ("logits each", "mine:two"),
                              ("Use .reshape(...) instead", "mine:Views"),
                              ("cannot be used", "mine:missing"), ("arguments", "os:getcwd"),
                              ("cannot be used", "no_such:net")):
@@ -1881,13 +2030,13 @@ def test_only_a_name_that_the_user_typed_is_imported():
         for call in (lambda: deit.load_model("w.pt"),
                      lambda: deit.main(["x.jpg", "--weights", "w.pt"]),
                      lambda: train.main(["--data", shared_images(), "--eval", "w.pt"])):
-            with raises("names a model by module (evil:net): give --model", (
+            with raises("holds 'evil:net': give that name by --model", (
                     deit.InputError, SystemExit)):
                 call()
-        with raises("holds a evil:net, not a regnet_y_400mf"):
+        with raises("holds 'evil:net': give that name"):
             deit.load_teacher("regnet_y_400mf", "w.pt", 3)
         with raises("another architecture than"):
-            quiet(deit.load_weights, deit.create_classifier("mine:net", 3), "w.pt")
+            quiet(deit.load_weights, deit.create_model("mine:net", num_classes=3), "w.pt")
         assert not os.path.exists("exploded")
 
 
@@ -1970,7 +2119,7 @@ def test_answers_of_other_views_or_of_another_teacher_are_refused():
         Path("mine.py").write_text(MINE.replace("seed(4)", "seed(5)"))
         Path("a").write_bytes(file)
         Path("headless").write_bytes(file[HEADER:])
-        torch.save(deit.create_classifier("mine:net", 3).state_dict(), "w.pt")
+        torch.save(deit.create_model("mine:net", num_classes=3).state_dict(), "w.pt")
         Path("my.json").write_text("{}")
         Path("one missing").write_bytes(file[:-2] + bytes(2))
         Path("older").write_bytes(file.replace(b'"mixup": 0.8', b'"mixed": 0.8'))   # no mixup
@@ -2045,8 +2194,8 @@ def test_an_unreadable_images_name_and_reason_are_said():
         draw_images("d", 4, 2)
         Image.new("F", (9, 9), 0.5).save("d/val/1/2.tiff")
         _, said = run(*flags, data="d")
-        assert ("1 validation images, counted as wrong: 'd/val/1/2.tiff' (ValueError: its values "
-                "(mode F) may have any range") in said
+        assert ("1 validation images, counted as wrong: 'd/val/1/2.tiff' (ValueError: its 32 "
+                "bits may have any range") in said
         with patched(Image, "MAX_IMAGE_PIXELS", 900):   # all JPEGs are intact, but above twice it
             _, said = quiet(train.main, ["--data", "d", "--eval", "o/best.pt", "--workers", "0"])
         assert "7 images, counted as wrong: 'd/val/1/0.JPEG' (DecompressionBombError" in said
@@ -2097,24 +2246,6 @@ def test_no_name_can_end_a_run_on_any_console():
             assert b"\\u732b" in console.buffer.getvalue()
 
 
-def test_a_url_without_a_hash_is_fetched_anew_at_each_start():
-    def fetch(start):
-        with patched(deit, "STARTED", start):
-            return deit.read_checkpoint(url + "best.pt")["model"]["w"].item()
-
-    with fake_hub() as url:
-        later = time.time() + 9
-        for value in (1, 2):
-            torch.save({"w": torch.tensor(float(value))}, "best.pt")
-            assert fetch(later) == value
-        torch.save({"w": torch.tensor(3.0)}, "best.pt")
-        assert fetch(deit.STARTED) == 2, "the copy of another process of this start"
-        os.rename("best.pt", "best-20261231.pt")   # a date is no hash
-        assert deit.read_checkpoint(url + "best-20261231.pt")["model"]["w"] == 3
-        value, said = quiet(fetch, later)
-        assert value == 2 and "the copy of an earlier start is used" in said
-
-
 def test_a_checkpoints_tensors_stay_on_the_disk_until_they_are_used():
     """So that workers, which are forked in between, do not hold a copy of them."""
     with working_folder() as folder:
@@ -2151,17 +2282,6 @@ def test_a_missing_compiler_is_said_before_anything_is_written():
         with raises("--compile does not work here (RuntimeError: no C++", SystemExit):
             run("--compile", "--epochs", "2")
         assert os.listdir() == []
-
-
-def test_safetensors_are_read_or_the_sentence_says_what_is_needed():
-    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    with working_folder():
-        Path("w.safetensors").write_bytes(
-            len(header).to_bytes(8, "little") + header + np.float32(7).tobytes())
-        try:
-            assert deit.read_checkpoint("w.safetensors")["model"]["w"] == 7
-        except deit.InputError as e:
-            assert ".safetensors needs a recent PyTorch" in str(e) and "pip install" in str(e)
 
 
 def test_a_save_holds_tensors_of_the_cpu_and_keeps_a_state_dicts_versions():

@@ -38,7 +38,6 @@ import signal
 import sys
 import time
 import types
-import warnings
 
 import numpy as np
 import PIL
@@ -48,7 +47,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
 import deit
-from deit import InputError
+from deit import InputError, reason
 
 
 # ------------------------------------------------------------------------------------------------
@@ -338,15 +337,7 @@ class ImageFolder:
 
     def open(self, i):
         """Image i as RGB. Raises whatever Pillow raises, which is more than OSError."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # broken EXIF, palettes: not the user's concern
-            with Image.open(os.fsencode(self.path(i))) as image:
-                return deit.to_rgb(image)
-
-
-def reason(error):
-    """What Pillow said, in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+        return deit.open_image(os.fsencode(self.path(i)))
 
 
 def train_items(num_images, cfg, step=0):
@@ -1163,7 +1154,7 @@ def make_model(cfg, processes):
     if cfg.model in deit.VARIANTS:
         given = {"drop_path": 0.1} | given
     torch.manual_seed(rng_for(cfg.seed, "weights").getrandbits(63))
-    model = deit.create_classifier(cfg.model, cfg.num_classes, **given)
+    model = deit.create_model(cfg.model, num_classes=cfg.num_classes, **given)
     if processes.device.type == "cuda":   # RegNets once trained 3 times slower in channels-last
         model.to(memory_format=torch.contiguous_format)
     return must_accept(model, cfg.model, cfg.img_size, cfg.num_classes, processes).train()
@@ -1402,7 +1393,7 @@ def train(args, processes):
     initial = cfg.model if cfg.pretrained else cfg.finetune
     if initial and not saved:
         processes.main_process_first(lambda: deit.load_weights(
-            model, initial, classes=cfg.classes, say=processes.print0))
+            model, initial, say=processes.print0))
     state = State(model, cfg, processes)
     if saved:
         state.load_state_dict(saved, processes, train_images)
@@ -1695,7 +1686,7 @@ def check(args, defaults):
     given = [f for f in flags if getattr(args, f) != defaults[f]]
     if given and not args.distillation and args.model not in DISTILLED:
         if ":" not in args.model:
-            deit.released_url(args.model)   # a misspelt name is said first
+            deit.torchvision_models(args.model)   # a misspelt name is said first
         raise InputError(f"--{given[0].replace('_', '-')} is given, but {args.model} learns from a "
                          "teacher only with --distillation hard or soft: add it, or drop both.")
     if args.pretrained and args.finetune:
@@ -1717,7 +1708,7 @@ DEMO_PATTERNS = {   # where a pattern of period p is dark; all of them look the 
 
 def demo_regnet(num_classes):
     """A very small RegNet for very small images."""
-    models = deit.torchvision_models()
+    models = deit.torchvision_models("regnet_y_400mf")
     parameters = models.regnet.BlockParams(
         depths=[1, 1, 2, 2], widths=[32, 64, 128, 192], group_widths=[16] * 4,
         bottleneck_multipliers=[1.0] * 4, strides=[1, 2, 2, 2], se_ratio=0.25)
