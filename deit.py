@@ -405,10 +405,9 @@ def read_checkpoint(source):
     path = fetch(source)
     size, zipped = os.path.getsize(path), zipfile.is_zipfile(path)
     try:
-        if zipped:   # torch.load looks at no checksum; a compressed entry may be endless
+        if zipped:   # torch.load looks at no checksum; packed or overlapping entries may be endless
             with zipfile.ZipFile(path) as archive:
-                sizes = [e.file_size + size * e.compress_type for e in archive.infolist()]
-                if sum(sizes) > size or archive.testzip():
+                if sum(e.file_size for e in archive.infolist()) > size or archive.testzip():
                     raise ValueError("a size or a checksum does not match")
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -514,7 +513,8 @@ def load_model(source, *, model=None, say=print, **overrides):
             raise ValueError(f"it holds {said!r}: give that name by --model, --teacher or model=")
         if not name or config and name in VARIANTS:
             config |= config_from_shapes(state)
-        elif config and config["num_classes"] not in [len(x) for x in state.values() if x.ndim]:
+        elif config and ":" not in name and config["num_classes"] not in [
+                len(x) for x in state.values() if x.ndim]:
             raise ValueError("no tensor has that number of classes")
         if not name and "num_heads" not in config | overrides:
             D, what = config["embed_dim"], "the file does not tell num_heads (--num-heads)"
