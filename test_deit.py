@@ -1991,6 +1991,7 @@ def test_between_log_lines_the_loop_asks_nothing_back_from_the_device():
             for owner, name, value in (
                     (train, "evaluate", lambda *args: ({"cls": 99.0}, {}, {})),
                     (train, "save_state", lambda *args: 0),
+                    (deit, "read_checkpoint", lambda path: None),
                     (train, "autocast", lambda cfg: contextlib.nullcontext()),
                     (torch, "is_autocast_enabled", lambda device: False)):   # meta has none
                 stack.enter_context(patched(owner, name, value))
@@ -2092,6 +2093,11 @@ class Views(Net):                                 # fails in a CPU's layout, cha
     def forward(self, x):
         return self.fc(self.conv(x).view(len(x), -1)[:, :8])
 two = lambda num_classes: torch.nn.MaxPool2d(2, return_indices=True)   # a tuple
+class Extra(Net):                                 # a state that cannot be loaded safely
+    def get_extra_state(self):
+        return {"step": 1}
+    def set_extra_state(self, state):
+        pass
 def timms(num_classes):                           # names as in timm's RegNets, in a wrapper
     net, layer = plain(num_classes), torch.nn.Conv2d(1, 1, 1)
     for name in ("conv", "conv1", "b1", "s1", "module"):
@@ -2151,6 +2157,13 @@ def test_any_module_can_be_trained_and_its_checkpoint_serves_every_reader():
             model, x = deit.load_model("o/best.pt", model=name), torch.randn(2, 3, 32, 32)
             assert model.classes == ["1", "10", "2"]
             close(deit.load_teacher(name, "o/best.pt", 3)(x), model(x), 0)
+
+
+def test_a_run_that_could_not_go_on_is_refused_before_its_first_step():
+    argv = f"--data {shared_images()} --model mine:Extra --workers 0 --amp off --epochs 2 ".split()
+    with own_module(), patched(train, "train_step", lambda *args: 1 / 0), \
+            raises("o/last.pt holds no weights that can be read safely", SystemExit):
+        quiet(train.main, argv + "--batch-size 12 --img-size 32 --output o".split())
 
 
 def test_only_a_name_that_the_user_typed_is_imported():

@@ -337,10 +337,11 @@ def walk(folder, above=()):
     be listed, which os.walk would pass over."""
     above = *above, os.path.realpath(folder)
     for entry in list(os.scandir(folder)):
-        inner = os.path.isdir(entry.path)   # not entry.is_dir(), which fails on a link to itself
-        if entry.name[0] != "." and not inner:
+        if entry.name[0] == ".":
+            continue
+        if not os.path.isdir(entry.path):   # entry.is_dir() fails on a link to itself
             yield entry.path
-        elif entry.name[0] != "." and os.path.realpath(entry.path) not in above:
+        elif os.path.realpath(entry.path) not in above:
             yield from walk(entry.path, above)
 
 
@@ -377,7 +378,7 @@ class ImageFolder:
         by_value = found.keys() == {str(i) for i in range(len(found))}   # exactly 0 ... K-1
         self.folders = sorted(found, key=int if by_value else str)
         images = [split(found[name], part, fraction) for name in self.folders]
-        self.names, self.counts = np.array(sum(images, []), bytes), list(map(len, images))   # (N,)
+        self.names, self.counts = np.array([*itertools.chain(*images)], bytes), [*map(len, images)]
         if not len(self):
             raise InputError(
                 f"{self.root} holds no class folders with images ({' '.join(SUFFIXES)}): give a "
@@ -610,10 +611,11 @@ def must_match(facts, before, what, may_change=()):
     at its default. Prints those that may change and did."""
     for name, now in facts.items():
         was = before.get(name, DEFAULTS.get(name))
-        if was != now and name not in may_change:
+        if was == now:
+            continue
+        if name not in may_change:
             raise InputError(f"{what}: {name} was {was}, is {now}.")
-        if was != now:
-            print0(f"changed        {name} from {was} to {now}")
+        print0(f"changed        {name} from {was} to {now}")
 
 
 CAUGHT = []   # signals that came since catch_signals
@@ -688,7 +690,8 @@ class State:
         """This epoch's mean loss, agreement with the teacher (0..1), and number of skipped steps,
         over all processes. Reads from the device."""
         loss, agree, micro_batches, skipped = total(self.totals).tolist()
-        return loss / max(1, micro_batches), agree / max(1, micro_batches), round(skipped)
+        n = micro_batches or 1
+        return loss / n, agree / n, round(skipped)
 
 
 def train_step(state, batches, cfg):
@@ -709,7 +712,7 @@ def train_step(state, batches, cfg):
         targets = smooth_targets(labels, cfg.num_classes, cfg.smoothing)       # (m, K)
         images, targets = mixup_or_cutmix(images, targets, cfg.mixup, cfg.cutmix, rng)
         # the teacher sees exactly the student's pixels
-        answer = state.teacher(images, state.step, k)      # logits (m, K), classes (m,) or None
+        answer = state.teacher(images, state.step, k)      # logits (m, K) or classes (m,)
         if dist.is_initialized():   # gradients are averaged over the processes once per step
             net.require_backward_grad_sync = k == cfg.ks[-1]
         with autocast(cfg):
@@ -718,10 +721,8 @@ def train_step(state, batches, cfg):
         loss = deit.distillation_loss(cls_logits, dist_logits, targets, answer, cfg.distillation,
                                       cfg.alpha, cfg.tau)
         scaler.scale(loss / cfg.grad_accum_steps).backward()
-        agree = torch.zeros_like(loss)
-        if answer is not None:
-            classes = answer if answer.ndim == 1 else answer.argmax(1)
-            agree = (dist_logits.argmax(1) == classes).float().mean()
+        classes = answer if answer.ndim == 1 else answer.argmax(1)
+        agree = (dist_logits.argmax(1) == classes).float().mean()
         new = torch.stack([loss.detach(), agree, torch.ones_like(agree)])
         state.totals[:3] += torch.where(loss.isfinite(), new, 0)   # the others: see check_finite
     scaler.unscale_(optimizer)
@@ -805,7 +806,7 @@ class Answers:
         views, some = cfg.total_steps * cfg.batch_size, np.linspace(0, len(train_images) - 1, 1000)
         same = *VIEW_FLAGS, "teacher", "classes", "training images"
         try:
-            sizes = [os.path.getsize(train_images.path(int(i))) for i in some]
+            sizes = [os.path.getsize(train_images.path(i)) for i in some.astype(int)]
             facts = {name: cfg.facts[name] for name in same} | {
                 "file sizes": stable_hash(repr(sizes).encode()), "device": cfg.device.type,
                 "precision": str(cfg.teacher_dtype), "version of torch": torch.__version__,
@@ -856,10 +857,11 @@ class Answers:
 
 def make_teacher(cfg, train_images, val_loader, step):
     """What train_step asks: (images (m, 3, S, S), step, k) -> the frozen teacher's logits (m, K),
-    from an Answers also its predicted classes (m,), None without teacher. Raises InputError unless
-    its weights are the same in all processes, in the answers' file, and as when the run began."""
+    from an Answers also its predicted classes (m,), without teacher zeros (m,) that no loss reads.
+    Raises InputError unless its weights are the same in all processes, in the answers' file, and as
+    when the run began."""
     if cfg.distillation == "none":
-        return lambda *_: None
+        return lambda images, *_: images.new_zeros(len(images))
     answers = Answers(cfg, train_images, step) if cfg.teacher_answers else None
     header, ask, key = answers.header if answers else {}, answers, "teacher's weights"
     sha256 = header.get(key)
@@ -953,8 +955,8 @@ def find_save(typed):
     """The save to go on from; None: a new run starts. Raises InputError rather than overwrite the
     files of another run."""
     folder = typed["output"]
-    there = {name for name in ("last.pt", "best.pt", "log.jsonl")
-             if os.path.exists(f"{folder}/{name}")}
+    files = os.listdir(folder) if os.path.isdir(folder) else ()
+    there = {"last.pt", "best.pt", "log.jsonl"} & {*files}
     if there and not typed.get("resume"):
         raise InputError(f"{folder} holds a run: add --resume to go on with it, or choose another "
                          "--output.")
@@ -1220,6 +1222,8 @@ def train(cfg, saved=None):
     failed = save_state(state, cfg)   # so that a full disk is found now; and the log is complete
     if failed:
         raise InputError(f"nothing can be saved in {cfg.output}: make room, or choose another.")
+    if RANK == 0:
+        deit.read_checkpoint(f"{cfg.output}/last.pt")   # raises InputError for what can't come back
 
     now = time.perf_counter()
     times = types.SimpleNamespace(run=now, epoch=now, save=now, first_step=step)
@@ -1340,7 +1344,7 @@ def draw_demo(folder):
 
 DEMO_PLAIN = ("--img-size 48 --batch-size 64 --repeats 1 --randaugment 0 --mixup 0 --cutmix 0 "
               "--erasing 0 --smoothing 0 --ema-decay 0")   # only crops and flips
-DEMO_TEACHER = f"--model train:demo_net {DEMO_PLAIN} --epochs 8 --lr 4e-3"
+DEMO_TEACHER = f"--model train:demo_net {DEMO_PLAIN} --epochs 12 --lr 4e-3"
 DEMO_STUDENT = (f"{DEMO_PLAIN} --patch-size 8 --embed-dim 128 --depth 4 --num-heads 4 "
                 "--drop-path 0 --epochs 20 --lr 5e-3")
 
