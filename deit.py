@@ -3,7 +3,7 @@
 
 A convolution knows that neighbours belong together and that a shifted object stays itself; a
 transformer must learn both from data. A frozen convolutional network, the teacher, passes this on:
-its prediction carries it, and, in soft labels, also which wrong classes are near.
+its predictions carry it; soft ones also tell which wrong classes are near.
 
 The distillation token is a sibling of the class token: a learned vector that enters with the
 patches and attends like any other token. Label and teacher may disagree, so each of the two tokens
@@ -140,7 +140,7 @@ class Block(nn.Module):
             return x + branch
         keep = 1 - self.drop_path
         mask = branch.new_empty(x.shape[0], 1, 1).bernoulli_(keep)   # (B, 1, 1), 0 or 1
-        return torch.addcmul(x, branch, mask, value=1 / keep)     # 1 / keep is not rounded
+        return torch.addcmul(x, branch, mask, value=1 / keep)     # mask / keep would be rounded
 
     def forward(self, x, n=None):
         """x (B, N, D) -> (B, n, D): only the first n tokens go on (None: all N)."""
@@ -202,7 +202,7 @@ class DeiT(nn.Module):
         return self.norm(x)
 
     def heads(self, images):
-        """images (B, 3, S, S) -> class and distillation logits (B, K); not distilled: equal."""
+        """images (B, 3, S, S) -> class and distillation logits (B, K); one head: twice the same."""
         x = self.features(images, self.num_tokens)                # (B, T, D)
         cls_logits = self.head(x[:, 0])                           # (B, K)
         dist_logits = self.head_dist(x[:, 1]) if self.num_tokens == 2 else cls_logits
@@ -255,7 +255,7 @@ def hard_distillation_loss(dist_logits, teacher):
     if teacher.ndim == 2:
         check_shapes(dist_logits, teacher)
         loss = hard_distillation_loss(dist_logits, teacher.argmax(dim=1))
-        return loss + (0 * teacher).sum()                         # + 0, but nan if a logit is
+        return loss + (0 * teacher).sum()                         # adds 0, or nan for logits of nan
     check_shapes(dist_logits)
     return F.cross_entropy(wide(dist_logits), teacher)
 
@@ -276,7 +276,7 @@ def distillation_loss(cls_logits, dist_logits, targets, teacher_logits, mode="ha
     """(1 - alpha) cross-entropy of the class head + alpha distillation of the other: a scalar.
     Logits (B, K); targets: class indices (B,) or probabilities (B, K). mode: "hard" (teacher_logits
     may be predicted classes (B,)), "soft", or "none" (cross-entropy alone). alpha None: see ALPHA.
-    Without distillation token pass the class logits twice. Raises InputError: mode, shapes."""
+    Without a distillation token pass the class logits twice. Raises InputError: mode, shapes."""
     if mode not in (*ALPHA, "none"):
         raise InputError(f"distillation mode '{mode}' is none of hard, soft, none.")
     check_shapes(cls_logits, dist_logits)
@@ -329,7 +329,7 @@ def torchvision_models(name):
     try:
         import torchvision.models as models
     except ImportError as e:
-        raise InputError(f"{name!r}: pip install torchvision ({reason(e)}), if it is there.") from e
+        raise InputError(f"{name!r}: pip install torchvision ({reason(e)}).") from e
     if name not in models.list_models(module=models):
         raise InputError(f"{name!r} is no file, no URL that ends in a hash (-1234abcd.pth), and no "
                          "model's name: `python deit.py` lists the DeiTs; torchvision has others.")
@@ -356,7 +356,7 @@ def create_model(name=None, *, num_classes=1000, pretrained=False, **overrides):
                 raise InputError(f"{name} gives no module for a class count ({reason(e)}).") from e
         else:
             module = torchvision_models(name).get_model(name, num_classes=num_classes)
-            module.to(memory_format=torch.channels_last)   # train.py undoes it on a GPU
+            module.to(memory_format=torch.channels_last)   # not what train.py trains on a GPU
         if overrides:
             raise InputError(f"{next(iter(overrides))} is for DeiT: it cannot be set for {name!r}.")
         model = Classifier(module, name=name, num_classes=num_classes, img_size=size)
@@ -496,8 +496,8 @@ def load_model(source, *, model=None, say=print, **overrides):
     """A model in evaluation mode from a checkpoint of train.py, an official or timm file, or a
     published name. `.classes`: list of class names, or None. A DeiT's sizes are those of
     its tensors; its number of heads, if the file does not tell it, is the published one of its
-    width, which is told to `say`, or must be given. model: the name that the file must have, or a
-    bare state dict's, which then tells the sizes, with 1000 classes unless num_classes is given;
+    width, which is told to `say`, or must be given. model: the name that the file must have; for a
+    bare state dict the name whose sizes are taken, with 1000 classes unless num_classes is given;
     "module:function" if the file names one. overrides: see create_model. Raises InputError, also
     for a backbone: it has no classes to choose from."""
     checkpoint = read_checkpoint(source)
@@ -603,7 +603,7 @@ def center_view(image, size):
     """The evaluation's view (size, size) of a Pillow image, RGB: resizes its short side to
     size / 0.875, bicubically, and cuts the central square; as torchvision's transforms do."""
     (W, H), short = image.size, int(size / CROP_RATIO)
-    image = center_crop(to_rgb(image), min(W, 8 * H), min(H, 8 * W))   # 8:1 saves gigabytes
+    image = center_crop(to_rgb(image), min(W, 8 * H), min(H, 8 * W))   # strips fill gigabytes
     w, h = (max(short, int(short * side / min(image.size))) for side in image.size)
     return center_crop(image.resize((w, h)), size, size)          # resize is bicubic by default
 

@@ -9,8 +9,8 @@
   python train.py --data DIR --eval runs/NAME/best.pt       validation accuracy by each head
 
 DIR holds train/<class>/<image> and val/<class>/<image>. The file goes as a run does: flags,
-schedule, augmentation, data, processes, training step, evaluation, saving, then `train`, which
-holds the set-up and the loop and can be read first.
+schedule, augmentation, data, processes, training step, evaluation, teacher, saving, then `train`,
+which holds the set-up and the loop and can be read first.
 
 Random draws are keyed, not stored: the order of an epoch by (seed, epoch), a view by (seed, epoch,
 image, view), the draws on the device by (seed, step, k), where k is the micro-batch's number in the
@@ -44,7 +44,6 @@ import types
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
-import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -57,8 +56,8 @@ from deit import InputError, reason
 # ------------------------------------------------------------------------------------------------
 # Flags: the defaults are the paper's recipe (its table 9)
 # ------------------------------------------------------------------------------------------------
-FLAGS = (   # name; default, or its type where there is none, or all choices, the default first;
-            # meaning (range, which is checked) [default, where it is worked out]
+FLAGS = (   # name; its default, or its type if it has none, or its choices, the default first;
+            # meaning (checked range) [default, if it is computed]
     ("data", str, "folder of train/<class>/* and val/<class>/*"),
     ("val_fraction", 0.0, "share to validate on, if DATA holds class folders only (0..0.99)"),
     ("model", "deit_small_distilled_patch16_224", "DeiT, torchvision classifier, module:function"),
@@ -111,8 +110,8 @@ FLAGS = (   # name; default, or its type where there is none, or all choices, th
 )
 DEFAULTS = {name: None if isinstance(value, type) else value[0] if isinstance(value, tuple)
             else value for name, value, _ in FLAGS}
-# What changes a view's pixels (--teacher-answers are valid for the same only), what may be another
-# when a run goes on (it is printed), and what is no part of a run: it is not saved.
+# VIEW_FLAGS change a view's pixels: --teacher-answers hold for the same ones only. MAY_CHANGE may
+# differ on --resume, which is printed. NOT_SAVED are no part of a run.
 VIEW_FLAGS = ("seed", "img_size", "batch_size", "micro_batch", "repeats", "randaugment", "mixup",
               "cutmix", "erasing")
 MAY_CHANGE = ("data", "lr", "min_lr", "clip_grad", "amp", "micro_batch", "teacher",
@@ -171,7 +170,8 @@ def update_ema(ema, model, step, decay):
 
 # ------------------------------------------------------------------------------------------------
 # Augmentation of one view, in a loader worker, on Pillow images (paper, table 9; timm's details).
-# A new one has a function, a call in train_transform, a row in FLAGS and a place in VIEW_FLAGS.
+# A new one has a function, a call in train_transform with its flag, which TrainDataset passes, a
+# row in FLAGS and a place in VIEW_FLAGS.
 # ------------------------------------------------------------------------------------------------
 FILL = (124, 116, 104)   # ImageNet's mean colour, for what moves in from outside
 BICUBIC = Image.Resampling.BICUBIC
@@ -221,12 +221,12 @@ def solarize_add(image, v):
     return image.point([min(255, i + add) if i < 128 else i for i in range(256)] * 3)
 
 
-RANDAUGMENT = {   # the 15 operations, at a strength v in -1..1 (without a sign where it has none)
+RANDAUGMENT = {   # the 15 operations, at a strength v in -1..1, whose sign may mean nothing
     "AutoContrast": lambda im, v: ImageOps.autocontrast(im),
     "Equalize": lambda im, v: ImageOps.equalize(im),
     "Invert": lambda im, v: ImageOps.invert(im),
     "Rotate": lambda im, v: im.rotate(30 * v, BICUBIC, fillcolor=FILL),
-    # at 1 the official code keeps 0 bits, a black image, which Pillow 13 refuses: 1 at least
+    # at strength 1 the official code keeps 0 bits, a black image, which Pillow 13 refuses: here 1
     "Posterize": lambda im, v: ImageOps.posterize(im, max(1, 4 - int(4 * abs(v)))),
     "Solarize": lambda im, v: ImageOps.solarize(im, 256 - int(256 * abs(v))),
     "SolarizeAdd": solarize_add,
@@ -260,7 +260,7 @@ def train_transform(image, size, magnitude, rng):
 def erasing_box(size, probability, rng):
     """RandomErasing's rectangle (top, left, bottom, right), zeros for none: 2 % to 33 % of the
     area, ratio 0.3 to 3.3, no whole side. Drawn with the view, filled on the device."""
-    # axes in this order, since the height is drawn first
+    # random_box's first axis is the height here, since timm draws it first; the view is square
     box = rng.random() < probability and random_box(size, size, (0.02, 1 / 3), 0.3, rng, margin=1)
     return box or (0, 0, 0, 0)
 
@@ -366,11 +366,12 @@ class ImageFolder:
     """
 
     def __init__(self, data, part, fraction=0.0, classes=None):
-        self.root, self.left_out = data if fraction else f"{data}/{part}", []
+        self.root = os.path.normpath(data if fraction else f"{data}/{part}")   # data may end in /
+        self.left_out = []
         top = os.listdir(self.root) if os.path.isdir(self.root) else ()
         found = {n: [] for n in top if os.path.isdir(f"{self.root}/{n}") and n[0] != "."}
         for path in sorted(walk(self.root), key=os.path.split) if found else ():
-            name, _, inner = path[len(self.root) + 1:].partition("/")
+            name, _, inner = path[len(self.root):].lstrip(os.sep).partition(os.sep)
             if inner.lower().endswith(SUFFIXES):
                 found[name].append(os.fsencode(f"{name}/{inner}"))
             else:
@@ -499,12 +500,12 @@ def make_loader(dataset, items, cfg):
     later iterators too: they are forked before the process group is joined, since forking among the
     group's threads can hang."""
     multiprocessing.util.get_temp_dir()   # for the workers too: a killed one would leave its own
-    fork = cfg.workers and sys.platform == "linux"
     loader = torch.utils.data.DataLoader(
         dataset, sampler=items, batch_size=None, num_workers=cfg.workers,
         persistent_workers=cfg.workers > 0, pin_memory=cfg.device.type == "cuda",
         timeout=300 * (cfg.workers > 0),   # s: a worker that lacks memory to answer hangs for ever
-        worker_init_fn=ignore_signals, multiprocessing_context="fork" if fork else None)
+        worker_init_fn=ignore_signals, multiprocessing_context="fork" if cfg.workers and (
+            sys.platform == "linux") else None)
     return loader, iter(loader)
 
 
@@ -544,12 +545,11 @@ def choose_precision(amp, device):
     on CUDA."""
     if amp != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    if device.type == "cuda":
-        has = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has else torch.float16
     tests = "_is_avx512_bf16_supported", "_is_amx_tile_supported"   # elsewhere it is emulated
     has = device.type == "cpu" and any(getattr(torch.cpu, test, bool)() for test in tests)
-    return torch.bfloat16 if has else None
+    if device.type == "cuda":
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has else torch.float16 if device.type == "cuda" else None
 
 
 def autocast(cfg):
@@ -622,8 +622,9 @@ CAUGHT = []   # signals that came since catch_signals
 
 
 def catch_signals():
-    """From now on SIGTERM, Ctrl-C and SIGHUP (a closed terminal) are only noted: the loop saves and
-    stops. One that was ignored stays so, as under nohup. SIGTERM comes twice under torchrun."""
+    """From now on, and after the run, SIGTERM, Ctrl-C and SIGHUP (a closed terminal) are but noted:
+    the loop saves and stops. One that was ignored stays so, as under nohup. SIGTERM comes twice
+    under torchrun."""
     def note(number, frame):
         CAUGHT.append(number)
         if number == signal.SIGINT:
@@ -642,10 +643,10 @@ class State:
     """Training state: what changes in a run.
 
     model: the raw network (saved, evaluated); net: the same, compiled and wrapped (trained); ema:
-    averaged weights; teacher(images, step, k): see make_teacher. totals: sums over this epoch and
-    this process's micro-batches: loss, share of views that agree with the teacher, micro-batches,
-    skipped steps. bad_in_a_row: steps, see check_finite. unreadable: {index: reason} of this
-    epoch's images. data_time: seconds of this epoch spent waiting for views.
+    averaged weights; teacher(images, step, k): set by train, see make_teacher. totals: sums over
+    this epoch and this process's micro-batches: loss, share of views that agree with the teacher,
+    micro-batches, skipped steps. bad_in_a_row: steps, see check_finite. unreadable: {index: reason}
+    of this epoch's images. data_time: seconds of this epoch spent waiting for views.
     """
 
     PARTS, VALUES = ("model", "ema", "optimizer", "scaler"), ("step", "best", "log", "unreadable")
@@ -656,7 +657,7 @@ class State:
         if dist.is_initialized():
             self.net = torch.nn.parallel.DistributedDataParallel(
                 self.net, gradient_as_bucket_view=True)
-            self.net.broadcast_buffers = False   # see state_dict; as an argument it is deprecated
+            self.net.broadcast_buffers = False   # state_dict averages them; no argument of old
         groups, device = parameter_groups(model, cfg.weight_decay), cfg.device.type
         self.optimizer = torch.optim.AdamW(groups, cfg.peak_lr, fused=device in ("cuda", "cpu"))
         self.scaler = torch.amp.GradScaler(device, enabled=cfg.dtype == torch.float16)
@@ -666,13 +667,13 @@ class State:
         self.bad_in_a_row = torch.zeros((), device=cfg.device)
 
     def state_dict(self):
-        """What a checkpoint holds of it. Called by all processes: their batch statistics (of
-        convnets only) become their mean, their unreadable images the union."""
+        """What a checkpoint holds of it. All processes call it, and it changes the state: their
+        batch statistics (of convnets only) become their mean, their unreadable images the union."""
         for buffer in (*self.model.buffers(), *self.ema.buffers()):
             if buffer.is_floating_point():
                 buffer.copy_(total(buffer) / WORLD_SIZE)
         for unreadable in gather(self.unreadable):
-            self.unreadable = self.unreadable | unreadable
+            self.unreadable |= unreadable
         return {name: getattr(self, name).state_dict() for name in self.PARTS} | {
             name: getattr(self, name) for name in self.VALUES} | {
             "totals": total(self.totals).tolist()}
@@ -696,7 +697,7 @@ class State:
 
 def train_step(state, batches, cfg):
     """One optimizer step over this process's micro-batches: `batches` yields them. Nothing is read
-    back from the device, so that it never waits for the host."""
+    back from the device: the host runs ahead, so the device is never idle."""
     device, net, optimizer, scaler = cfg.device, state.net, state.optimizer, state.scaler
     for group in optimizer.param_groups:
         group["lr"] = lr_at(state.step, cfg.peak_lr, cfg.min_lr, cfg.warmup_steps, cfg.total_steps)
@@ -724,7 +725,7 @@ def train_step(state, batches, cfg):
         classes = answer if answer.ndim == 1 else answer.argmax(1)
         agree = (dist_logits.argmax(1) == classes).float().mean()
         new = torch.stack([loss.detach(), agree, torch.ones_like(agree)])
-        state.totals[:3] += torch.where(loss.isfinite(), new, 0)   # the others: see check_finite
+        state.totals[:3] += torch.where(loss.isfinite(), new, 0)   # else check_finite stops the run
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.clip_grad or math.inf)
     state.bad_in_a_row = torch.where(norm.isfinite(), 0, state.bad_in_a_row + 1)
@@ -780,7 +781,7 @@ def evaluate(models, loader, indices, cfg, caught=()):
     for reasons in gather(unreadable):
         unreadable |= reasons
     names = [prefix + head for prefix in models for head in HEADS]
-    right = 100 * total(right).flatten(0, 1).T.double() / len(indices)         # (2, names)
+    right = 100 * total(right).flatten(0, 1).T.cpu().double() / len(indices)   # (2, names)
     return *(dict(zip(names, row)) for row in right.tolist()), unreadable
 
 
@@ -810,7 +811,7 @@ class Answers:
             facts = {name: cfg.facts[name] for name in same} | {
                 "file sizes": stable_hash(repr(sizes).encode()), "device": cfg.device.type,
                 "precision": str(cfg.teacher_dtype), "version of torch": torch.__version__,
-                "version of Pillow": PIL.__version__}
+                "version of Pillow": Image.__version__}
             if RANK == 0 and not os.path.exists(self.path):
                 save(self.path, json.dumps(facts).encode().ljust(self.HEADER))
             total(0)   # before the others look: a network's disk would remember that there is none
@@ -821,8 +822,8 @@ class Answers:
             os.truncate(self.path, max(self.HEADER + 2 * views, os.path.getsize(self.path)))
             self.known = np.memmap(self.path, np.uint16, "r", self.HEADER, (views,))
         except (OSError, ValueError) as e:
-            raise InputError(f"--teacher-answers {self.path} cannot be used: {e} Give the same "
-                             "flags as before, or another file.") from e
+            raise InputError(f"--teacher-answers {self.path} cannot be used: {e}; give the "
+                             "same flags as before, or another file.") from e
         missing = int((self.known[step * cfg.batch_size:] == 0).sum())
         print0(f"answers        {self.path}, {missing} of {views} views are left to ask")
         self.complete = not total(missing)
@@ -843,10 +844,12 @@ class Answers:
         into one block of a network's disk may undo each other's. By seek: on a full disk a write
         into mapped memory kills the process."""
         new, self.new = gather([(place, c.cpu().numpy()) for place, c in self.new]), []
+        if RANK:
+            return
         try:
             with open(self.path, "r+b") as f:
                 f.write(json.dumps(self.header).encode())
-                for place, classes in itertools.chain(*new) if RANK == 0 else ():
+                for place, classes in itertools.chain(*new):
                     f.seek(self.HEADER + 2 * place)
                     f.write(classes.astype(np.uint16))
                 f.flush()
@@ -863,16 +866,17 @@ def make_teacher(cfg, train_images, val_loader, step):
     if cfg.distillation == "none":
         return lambda images, *_: images.new_zeros(len(images))
     answers = Answers(cfg, train_images, step) if cfg.teacher_answers else None
-    header, ask, key = answers.header if answers else {}, answers, "teacher's weights"
+    header, ask, key = answers.header if answers else {}, None, "teacher's weights"
     sha256 = header.get(key)
-    if not (answers and answers.complete and "teacher_weights" not in cfg.typed):   # else compared
+    # weights that are typed are loaded in any case: their hash is compared
+    if not (answers and answers.complete and "teacher_weights" not in cfg.typed):
         weights = None if cfg.teacher_weights == "none" else cfg.teacher_weights
         torch.manual_seed(rng_for(cfg.seed, "teacher").getrandbits(63))   # for random weights
         teacher = first_on_node(lambda: deit.load_teacher(
             cfg.teacher, weights, cfg.num_classes, img_size=cfg.img_size))
         sha256 = teacher.sha256
         if teacher.classes not in (None, cfg.classes):
-            raise InputError(f"the teacher {weights} was trained on other classes than "
+            raise InputError(f"the teacher {cfg.teacher} was trained on other classes than "
                              f"{cfg.data}'s ({teacher.classes[:3]} ...): train one on these.")
         checked(teacher.to(cfg.device), cfg.teacher, cfg)
         its_cfg = types.SimpleNamespace(**vars(cfg) | {"dtype": cfg.teacher_dtype})
@@ -894,7 +898,7 @@ def make_teacher(cfg, train_images, val_loader, step):
             with autocast(its_cfg):
                 return teacher(images)
 
-    for before in (cfg.facts, header, *gather({key: sha256})):
+    for before in (cfg.facts, header, *gather({key: sha256})):   # who knows no hash yet agrees
         must_match({key: sha256}, {key: sha256} | before, "the teacher is another than before, or "
                    "than in another process (give the same --teacher-weights, or another --output)")
     cfg.facts[key] = header[key] = sha256
@@ -1000,12 +1004,12 @@ def make_config(typed, saved=None):
         if ":" in getattr(cfg, name) and name not in typed:
             raise InputError(f"the save names its {name} by module: add --{name} "
                              f"{getattr(cfg, name)} if you trust it.")
-    distilled = "_distilled_" in cfg.model
+    distilled = re.match("deit_.*_distilled_", cfg.model)
     teachers = {"teacher", "teacher_weights", "teacher_answers"}
     if cfg.distillation == "auto":
         cfg.distillation = "hard" if distilled else "none"
-    if cfg.distillation == "none" and (distilled or typed.keys() & teachers and not (
-            "distillation" in typed)):
+    if cfg.distillation == "none" and (
+            distilled or typed.keys() & teachers and "distillation" not in typed):
         raise InputError(f"{cfg.model} learns from no teacher here: add --distillation hard or "
                          "soft, or take a model without 'distilled' and no --teacher flags.")
     if cfg.teacher_answers and cfg.distillation == "soft":
@@ -1171,9 +1175,10 @@ def print_unreadable(unreadable, folder, what):
 def stop_if_asked(state, cfg, signals, failed):
     """Ends the program if a signal has come to any process: state is saved (or that failed)."""
     if signals:
-        number = CAUGHT[0] if CAUGHT else signal.SIGTERM   # another process's
+        number = CAUGHT[0] if CAUGHT else signal.SIGTERM   # it came to another process
         print0(f"stopped        by {signal.Signals(number).name} after step {state.step}, "
                f"{'NOT saved' if failed else 'saved'} in {cfg.output}: --resume goes on")
+        leave()
         raise SystemExit(128 + number)
 
 
@@ -1194,7 +1199,7 @@ def train(cfg, saved=None):
 
     # Loader workers are forked before the group is joined. They get the step to begin with, not the
     # checkpoint's tensors: these are mapped from the disk, and read below.
-    val_loader, _ = make_loader(EvalDataset(val_images), [], cfg)   # evaluate fills the list
+    val_loader, _ = make_loader(EvalDataset(val_images), [], cfg)   # begun to start its workers
     items = train_items(len(train_images), cfg, step)
     _, batches = make_loader(TrainDataset(train_images, cfg), items, cfg)
     check_shared_memory(cfg)
@@ -1213,7 +1218,6 @@ def train(cfg, saved=None):
     state = State(make_model(cfg, saved), cfg)
     if saved:
         state.load_state_dict(saved)
-    del saved
     state.teacher = make_teacher(cfg, train_images, val_loader, step)
     models = {"": state.model} | ({"ema_": state.ema} if cfg.ema_decay else {})
     print_start(state, cfg, train_images, val_images)
@@ -1233,7 +1237,7 @@ def train(cfg, saved=None):
         begin, end = state.step, (len(state.log) + 1) * cfg.epoch_steps
         while state.step < end:
             train_step(state, batches, cfg)
-            if (state.step - end) % cfg.log_every == 0 or state.step == end:
+            if (state.step - end) % cfg.log_every == 0:
                 print_step(state, cfg, times)
             late = RANK == 0 and time.perf_counter() - times.save > 60 * cfg.save_minutes
             signals, late = total([len(CAUGHT), int(late)]).tolist()
@@ -1283,7 +1287,7 @@ def run_eval(cfg):
     join(cfg)
     given = {name: cfg.typed[name] for name in ("img_size", "num_heads") if name in cfg.typed}
     model = first_on_node(lambda: deit.load_model(
-        cfg.eval, model=cfg.model if ":" in cfg.model else None, say=print0, **given))
+        cfg.eval, model=cfg.typed.get("model"), say=print0, **given))
     cfg.num_classes, cfg.img_size = model.config["num_classes"], model.config["img_size"]
     cfg.micro_batch = cfg.micro_batch or 128
     checked(model.to(cfg.device), cfg.eval, cfg)
@@ -1318,7 +1322,7 @@ def draw_demo(folder):
     A ball's class is its colour and its pattern, twelve in all; a mirror changes none. A validation
     picture is filed under its large ball. A training picture, like a photograph with one tag, is
     filed under any of its balls, with a chance in proportion to the area that is seen of it: half
-    of them under another one than the large. So the tags are loose, but right more often than
+    of them under another ball than the large one. So the tags are loose, but right more often than
     anything else, and who learns from many of them answers better than the tags themselves.
     """
     rng, (y, x) = np.random.default_rng(0), np.mgrid[:64, :64]
@@ -1335,11 +1339,11 @@ def draw_demo(folder):
             across, down = rng.uniform(radius, 64 - radius, 2)
             ball = np.hypot(x - across, y - down) < radius
             pixels[ball], seen[ball] = textures[name][ball], name
-        split = "train" if i < 2400 else "val"
-        if split == "train":
+        part = "train" if i < 2400 else "val"
+        if part == "train":
             name = rng.choice(seen[seen != ""])                   # at a pixel of any ball
-        os.makedirs(f"{folder}/{split}/{name}", exist_ok=True)
-        Image.fromarray(pixels).save(f"{folder}/{split}/{name}/{i}.jpg")
+        os.makedirs(f"{folder}/{part}/{name}", exist_ok=True)
+        Image.fromarray(pixels).save(f"{folder}/{part}/{name}/{i}.jpg")
 
 
 DEMO_PLAIN = ("--img-size 48 --batch-size 64 --repeats 1 --randaugment 0 --mixup 0 --cutmix 0 "
@@ -1425,9 +1429,6 @@ def main(argv=None):
         result = run_eval(cfg) if cfg.eval else train(cfg, saved)
         leave()
         return result
-    except SystemExit:
-        leave()
-        raise
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as e:
