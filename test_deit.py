@@ -426,7 +426,11 @@ def test_a_teacher_that_says_nan_makes_the_loss_nan():
         t = torch.randn(4, 5)
         t[2, 3] = bad
         for mode in ("hard", "soft"):
-            assert not deit.distillation_loss(dis, dis, y, t, mode).isfinite(), (bad, mode)
+            student = dis.clone().requires_grad_()
+            loss = deit.distillation_loss(student, student, y, t, mode)
+            loss.backward()   # of the gradient, too, so that no step is taken
+            assert not loss.isfinite() and (
+                mode == "soft" or not student.grad.isfinite().all()), (bad, mode)
     t = torch.full((4, 5), 6e4, dtype=torch.float16)              # finite, but not its sum
     assert deit.hard_distillation_loss(dis, t).isfinite()
 
@@ -2242,6 +2246,20 @@ def test_answers_may_begin_in_the_middle_of_a_run_and_serve_another_student():
         _, said = answer("--teacher-answers", "b", "--lr", "6e-4", "--drop-path", "0")
         assert "48 of 108 views" in said
         assert Path("b").read_bytes()[HEADER:] == file[HEADER:]
+
+
+def test_a_teacher_that_says_nan_stops_the_run_and_gives_no_answer():
+    with own_module():
+        with open("mine.py", "a") as f:
+            f.write("class Nan(Net):\n    def forward(self, x):\n        y = super().forward(x)\n"
+                    "        return y.logits.index_fill(0, torch.tensor(0), float('nan'))\n")
+        flags = [*ANSWERED, *LIVE, "--teacher", "mine:Nan", "--teacher-answers", "a", "--output"]
+        with raises("see whether the teacher says nan", SystemExit):
+            run(*flags, "o")
+        with patched(train, "check_finite", lambda *args: None):
+            run(*flags, "p")
+        answers = np.fromfile("a", np.uint16, offset=HEADER).reshape(-1, 4)
+        assert (answers[:, 0] == 0).all() and (answers[:, 1:] > 0).all()
 
 
 def test_answers_of_other_views_or_of_another_teacher_are_refused():

@@ -698,7 +698,7 @@ class State:
 def train_step(state, batches, cfg):
     """One optimizer step over this process's micro-batches: `batches` yields them. Nothing is read
     back from the device: the host runs ahead, so the device is never idle."""
-    device, net, optimizer, scaler = cfg.device, state.net, state.optimizer, state.scaler
+    device, net, optimizer, scaler, sick = cfg.device, state.net, state.optimizer, state.scaler, 0
     for group in optimizer.param_groups:
         group["lr"] = lr_at(state.step, cfg.peak_lr, cfg.min_lr, cfg.warmup_steps, cfg.total_steps)
     for k in cfg.ks:
@@ -726,9 +726,10 @@ def train_step(state, batches, cfg):
         agree = (dist_logits.argmax(1) == classes).float().mean()
         new = torch.stack([loss.detach(), agree, torch.ones_like(agree)])
         state.totals[:3] += torch.where(loss.isfinite(), new, 0)   # else check_finite stops the run
+        sick = sick + 0 * loss.detach()                                        # 0, or nan
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.clip_grad or math.inf)
-    state.bad_in_a_row = torch.where(norm.isfinite(), 0, state.bad_in_a_row + 1)
+    state.bad_in_a_row = torch.where((norm + sick).isfinite(), 0, state.bad_in_a_row + 1)
     state.totals[3] += (state.bad_in_a_row > 0) / WORLD_SIZE
     scaler.step(optimizer)
     scaler.update()
