@@ -1058,7 +1058,8 @@ def test_every_kind_of_image_becomes_rgb_as_the_recipe_does():
             rgb = deit.to_rgb(image)
         assert rgb.mode == "RGB" and rgb.size == (5, 4), image
     deep = Image.fromarray(np.full((4, 5), 40000, np.uint16))
-    for image in (deep, Image.open(encoded(deep, "ppm"))):
+    ppm = io.BytesIO(b"P5 5 4 65535\n" + np.full((4, 5), 40000, ">u2").tobytes())
+    for image in (deep, Image.open(ppm)):
         assert deit.to_rgb(image).getpixel((0, 0)) == (156, 156, 156)   # 40000 / 256, not white
     for mode in ("I", "F"):   # of any range
         with raises("convert it to 8 bits", ValueError):
@@ -1398,7 +1399,7 @@ def test_fp16_steps_that_overflow_are_skipped_counted_and_not_for_ever():
             real(*args) * (math.inf if next(calls) in bad_calls else 1))):
         bad_calls = (2, 5)
         log, said = run("--epochs", "2", "--amp", "fp16")
-        assert [r["skipped_steps"] for r in log] == [1, 1] and "skipped_steps 1.00" in said
+        assert [r["skipped_steps"] for r in log] == [1, 1] and "skipped_steps 1 " in said
         assert all(1 < r["train_loss"] < 1.5 for r in log), "ln 3 or so: infinity is not counted"
         bad_calls = range(10**6)
         with raises("not finite at step 21", SystemExit):

@@ -1160,8 +1160,8 @@ def print_step(state, cfg, times):
 def print_epoch(r):
     """A record of the log as one line; of one head's accuracies only the first."""
     names = ["dist", "both"] * (r["dist"] != r["cls"])
-    names += ["ema_both", "agreement", "unreadable", "skipped_steps"]
-    rest = "".join(f"  {name} {r[name]:.2f}" for name in names if r.get(name))
+    names += ["ema_both", "agreement"] + [n for n in ("unreadable", "skipped_steps") if r.get(n)]
+    rest = "".join(f"  {name} {r[name]:.4g}" for name in names if name in r)
     print0(f"epoch {r['epoch']:3d}  loss {r['train_loss']:6.3f}  top-1 % of {r['val_images']}: "
            f"class {r['cls']:.2f}{rest}  {r['img_per_s']:.0f} img/s  {clock(r['seconds'])}")
 
