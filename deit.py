@@ -467,7 +467,7 @@ def load_weights(model, source, *, new_heads=True, say=print):
                 state.update((f"{name}.{key}", x) for key, x in module.state_dict().items())
                 differ.append(f"{len(weight)} classes in {name}, not {K}")
     if differ and not new_heads:
-        raise InputError(f"{source} has {' and '.join(differ)}: --finetune trains new heads.")
+        raise InputError(f"{source} has {' and '.join(differ)} (--finetune trains new ones).")
     try:
         told = checkpoint.get("config", {}).get("num_heads", h)
         if told != h:   # no shape tells it
@@ -524,7 +524,7 @@ def load_model(source, *, model=None, say=print, **overrides):
             say(f"{source}: {what}; {D // 64} are taken, as published: give it if it differs.")
         created = create_model(**config | overrides | {"name": name, "pretrained": False})
     except Exception as e:   # names, types and numbers of any kind
-        raise InputError(f"{source} fits no model, or give its --model ({reason(e)}).") from e
+        raise InputError(f"{source} fits no model; has it a --model name? ({reason(e)})") from e
     load_weights(created, checkpoint, new_heads=False)
     if isinstance(classes, list) and len(classes) == created.config["num_classes"]:
         created.classes = classes
@@ -652,8 +652,8 @@ def classify(photo, weights, attention=None, **overrides):
         for p, k in zip(*x[0].softmax(0).topk(min(5, K))):
             print(f"  {100 * p:5.1f} %  {names[k] if names else f'class {k}'!r}")
     if attention:
-        if not isinstance(model, DeiT):
-            raise InputError(f"{weights} is no DeiT: there is no attention to draw.")
+        if not isinstance(model, DeiT) or attention == photo:
+            raise InputError(f"{attention} is the photo itself, or {weights} is no DeiT to draw.")
         draw_attention(model, view, attention)
         print(f"{attention} shows the photo, then what each special token looks at")
 

@@ -225,6 +225,8 @@ def test_the_picture_of_attention_is_bright_where_the_tokens_look():
         for bad, phrase in (("out.xyz", "unknown file extension"), ("no/out.png", "No such file")):
             with raises(phrase, SystemExit):
                 quiet(deit.main, [*argv, bad])
+        with raises("photo.png is the photo itself", SystemExit):
+            quiet(deit.main, [*argv, "photo.png"])
     assert "distillation head" in said and "out.png" in said
     assert pixels.shape == (384, 3 * 384)
     middles = np.stack([pixels[48:384:96, x + 48:x + 384:96] for x in (0, 384, 768)])
@@ -1137,7 +1139,7 @@ def test_a_part_for_validation_is_chosen_by_name_and_stays_when_images_come():
             os.link("train/2/0.JPEG", f"train/2/{n}.JPEG")
         assert chosen("val") >= val and chosen("train") >= rest
         for data, fraction, phrase in ((".", "0.3", "leave it out, or give another --data"),
-                                       ("train", "1e-9", "holds no class folders with images")):
+                                       ("train", "1e-9", "holds no class folders with (enough) images")):
             with raises(phrase, SystemExit):
                 run(*flags, fraction, data=data)
         log, said = run(*flags, "0.3", data="train")
@@ -1512,8 +1514,8 @@ def test_an_output_among_class_folders_is_refused_before_it_is_made():
 def test_bad_folders_get_one_sentence():
     names = ("1", "10", "2")
     for phrase, classes, spoil in (
-            ("val holds no class folders with images", names, lambda: os.rename("val", "test")),
-            ("val holds no class folders with images", names,
+            ("val holds no class folders with (enough) images", names, lambda: os.rename("val", "test")),
+            ("val holds no class folders with (enough) images", names,
              lambda: [os.renames(f"val/{n}/0.JPEG", f"val/{n}.JPEG") for n in names]),
             ("1 classes that training does not know: ['zebra']", names,
              lambda: os.rename("val/2", "val/zebra")),
@@ -2282,7 +2284,7 @@ def test_answers_of_other_views_or_of_another_teacher_are_refused():
                                ("file sizes was", "a", "--data", "resized"),
                                ("no probabilities", "a", "--distillation", "soft"),
                                ("--teacher-answers headless cannot be used", "headless"),
-                               ("my.json cannot be used: it is of", "my.json"),
+                               ("or another file: it is of", "my.json"),
                                ("the teacher is another", "a", "--teacher-weights", "w.pt"),
                                ("the teacher is another", "one missing")):
             with raises(phrase, SystemExit):

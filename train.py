@@ -382,9 +382,9 @@ class ImageFolder:
         self.names, self.counts = np.array([*itertools.chain(*images)], bytes), [*map(len, images)]
         if not len(self):
             raise InputError(
-                f"{self.root} holds no class folders with images ({' '.join(SUFFIXES)}): give a "
-                "--data of train/<class>/<image> and val/<class>/<image>, or, with --val-fraction, "
-                "of <class>/<image> (the README sorts ImageNet's flat val folder).")
+                f"{self.root} holds no class folders with (enough) images ({' '.join(SUFFIXES)}): "
+                "give a --data of train/<class>/<image> and val/<class>/<image>, or, with "
+                "--val-fraction, of <class>/<image> (the README sorts ImageNet's flat val folder).")
         self.number(classes or self.folders)
 
     def number(self, classes):
@@ -823,8 +823,8 @@ class Answers:
             os.truncate(self.path, max(self.HEADER + 2 * views, os.path.getsize(self.path)))
             self.known = np.memmap(self.path, np.uint16, "r", self.HEADER, (views,))
         except (OSError, ValueError) as e:
-            raise InputError(f"--teacher-answers {self.path} cannot be used: {e}; give the "
-                             "same flags as before, or another file.") from e
+            raise InputError(f"--teacher-answers {self.path} cannot be used; give the same flags "
+                             f"as before, or another file: {e}") from e
         missing = int((self.known[step * cfg.batch_size:] == 0).sum())
         print0(f"answers        {self.path}, {missing} of {views} views are left to ask")
         self.complete = not total(missing)
@@ -999,12 +999,15 @@ def make_config(typed, saved=None):
     its precision and workers. Raises InputError if flags do not go together."""
     cfg = types.SimpleNamespace(**DEFAULTS | (saved["facts"] if saved else {}) | typed, typed=typed)
     if cfg.data is None:
-        raise InputError("--data is missing: give a folder that holds train/<class>/<image> and "
-                         "val/<class>/<image>, or nothing (but --seed) for the demo.")
-    for name in ("model", "teacher"):   # a save may be another's: it cannot choose what is run
-        if ":" in getattr(cfg, name) and name not in typed:
-            raise InputError(f"the save names its {name} by module: add --{name} "
-                             f"{getattr(cfg, name)} if you trust it.")
+        raise InputError("--data is missing (give a folder that holds train/<class>/<image> and "
+                         "val/<class>/<image>, or nothing but --seed for the demo), and so is "
+                         f"{cfg.output}/last.pt to go on from.")
+    for flag, name in (("model", cfg.model), ("teacher", cfg.teacher)):
+        if ":" in name and flag not in typed:   # a save may be another's: it chooses no program
+            raise InputError(f"the save names its {flag} by module: add --{flag} {name} if you "
+                             "trust it.")
+        if flag in typed and ":" not in name and name not in deit.VARIANTS:
+            deit.torchvision_models(name)   # a misspelt name is said first
     distilled = re.match("deit_.*_distilled_", cfg.model)
     teachers = {"teacher", "teacher_weights", "teacher_answers"}
     if cfg.distillation == "auto":
@@ -1159,7 +1162,7 @@ def print_step(state, cfg, times):
 
 def print_epoch(r):
     """A record of the log as one line; of one head's accuracies only the first."""
-    names = ["dist", "both"] * (r["dist"] != r["cls"])
+    names = ["dist", "both"] * (not r["cls"] == r["dist"] == r["both"])
     names += ["ema_both", "agreement"] + [n for n in ("unreadable", "skipped_steps") if r.get(n)]
     rest = "".join(f"  {name} {r[name]:.4g}" for name in names if name in r)
     print0(f"epoch {r['epoch']:3d}  loss {r['train_loss']:6.3f}  top-1 % of {r['val_images']}: "
@@ -1406,11 +1409,13 @@ def error_message(error):
 def end_workers():
     """Ends the loader workers at once: they would outlive an error by seconds."""
     with contextlib.suppress(AttributeError, ValueError):   # on Windows; not in the main thread
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # PyTorch's takes it for a failure
+        chld = signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # PyTorch's takes it for a failure
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)   # or one more would leave some
         for child in multiprocessing.active_children():
             child.kill()
             child.join()
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, chld)
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def main(argv=None):
