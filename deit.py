@@ -61,8 +61,8 @@ class InputError(ValueError):
 def reason(error):
     """An exception as one line of at most 300 characters: its kind and what it says, up to a
     control character or PyTorch's advice to load an unsafe file anyway."""
-    advice = r"[\x00-\x1f\x7f-\x9f]|This file can|In PyTorch 2|Please "
-    text = re.split(advice, " ".join(str(error).split()))[0]
+    text = re.split(r"[\x00-\x1f\x7f-\x9f]|This file can|In PyTorch 2|Please ",
+                    " ".join(str(error).split()))[0]
     return f"{type(error).__name__}: {text}"[:300].strip()
 
 
@@ -342,8 +342,8 @@ def create_model(name=None, *, num_classes=1000, pretrained=False, **overrides):
     or "module:function", which is called with the number of classes: these become a Classifier and
     take one override, img_size, for its config. Raises InputError."""
     if not name or name in VARIANTS:
-        keys = "embed_dim", "num_heads", "img_size", "distilled"
-        named = dict(zip(keys, VARIANTS.get(name, ())))
+        named = dict(zip(("embed_dim", "num_heads", "img_size", "distilled"),
+                         VARIANTS.get(name, ())))
         model = DeiT(num_classes=num_classes, **named | overrides)
         model.config["name"] = name
     else:
@@ -388,7 +388,7 @@ def fetch(source):
             data = response.read()
         if not hashlib.sha256(data).hexdigest().startswith(url[1]):
             raise ValueError("its hash is not the one in its name")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        os.makedirs(path.parent, exist_ok=True)
         beside.write_bytes(data)
         beside.replace(path)
     except Exception as e:   # OSError, HTTPException, ...
@@ -407,15 +407,17 @@ def read_checkpoint(source):
     try:
         if zipped:   # torch.load looks at no checksum; packed or overlapping entries may be endless
             with zipfile.ZipFile(path) as archive:
-                if sum(e.file_size for e in archive.infolist()) > size or archive.testzip():
+                entries = archive.infolist()   # torch.load must see the same ones: from byte 0 on
+                if (sum(e.file_size for e in entries) > size or entries[0].header_offset
+                        or archive.testzip()):
                     raise ValueError("a size or a checksum does not match")
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         state = content.get("model", content.get("state_dict"))
         if not isinstance(state, dict):
             content, state = {}, content
-        if sum(x.nbytes for x in state.values()) > 2 * size:   # 2: a layer may have two names
-            raise ValueError("its tensors claim more than the file holds")
+        if sum(math.prod(max(n, 1) for n in x.shape) for x in state.values()) > size:
+            raise ValueError("its tensors claim more elements than the file has bytes")
     except Exception as e:   # the readers of damaged files raise nearly anything
         raise InputError(f"{path} holds no weights that can be read safely ({reason(e)}). If it is "
                          "whole, keep the tensors alone where it was made: import torch; "
@@ -459,9 +461,10 @@ def load_weights(model, source, *, new_heads=True, say=print):
     source, config = checkpoint.get("source", "the state dict"), getattr(model, "config", {})
     h, K, own = config.get("num_heads"), config.get("num_classes"), model.state_dict().keys()
     for key in state.keys() - own:
-        state[renamed(key, own)] = state.pop(key)
+        state[renamed(str(key), own)] = state.pop(key)
     for name, module in getattr(model, "module", model).named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and len(module.weight) == K:
+        if (isinstance(module, (nn.Linear, nn.Conv2d)) and f"{name}.weight" in own
+                and len(module.weight) == K):                     # else parametrized
             ours, weight = module.weight.shape, state.get(f"{name}.weight", module.weight[:0])
             if ours != weight.shape and ours[1:] == weight.shape[1:]:
                 state.update((f"{name}.{key}", x) for key, x in module.state_dict().items())
@@ -471,7 +474,7 @@ def load_weights(model, source, *, new_heads=True, say=print):
     try:
         told = checkpoint.get("config", {}).get("num_heads", h)
         if told != h:   # no shape tells it
-            raise ValueError(f"{told!r} attention heads, not {h}: give --num-heads or num_heads=")
+            raise ValueError(f"not {h} attention heads: give --num-heads or num_heads=")
         if isinstance(model, DeiT) and "pos_embed" in state:
             state["pos_embed"] = resize_pos_embed(state["pos_embed"], model)
         model.load_state_dict(state)
@@ -485,11 +488,12 @@ def config_from_shapes(state):
     """DeiT's arguments, but for num_heads and drop_path, from the shapes of its state dict. The
     model is at most some times larger than these tensors, and has no more of them."""
     shapes = {renamed(key): x.shape for key, x in state.items()}
-    (D, _, P, _), distilled = shapes["patch_embed.proj.weight"], "dist_token" in shapes
-    G = math.isqrt(abs(shapes["pos_embed"][1] - 1 - distilled))
+    (D, _, *P), distilled = shapes["patch_embed.proj.weight"], "dist_token" in shapes
+    G = math.isqrt(abs(shapes["pos_embed"].numel() // D - 1 - distilled))
     depth = min(list(shapes.values()).count((D, 4 * D)), len(shapes) // 12)   # fc2; 12 in a block
-    return dict(img_size=G * P, patch_size=P, embed_dim=D, depth=depth, distilled=distilled,
-                num_classes=shapes.get("head.weight", [1000])[0])              # 1000: of a backbone
+    K = math.prod(shapes.get("head.weight", (1000, D))) // D                   # 1000: of a backbone
+    return dict(img_size=G * min(P), patch_size=min(P), embed_dim=D, depth=depth, num_classes=K,
+                distilled=distilled)
 
 
 def load_model(source, *, model=None, say=print, **overrides):
@@ -641,15 +645,12 @@ def classify(photo, weights, attention=None, **overrides):
     with torch.inference_mode():
         cls_logits, dist_logits = model.heads(to_tensor(view))                 # (1, K) each
     titles = ("class head", "distillation head", "both")[:1 if dist_logits is cls_logits else 3]
-    names, K = model.classes, cls_logits.shape[1]
-    if not names and K == 1000:   # ImageNet's
-        models = torchvision_models("resnet50")
-        names = models.get_model_weights("resnet50").DEFAULT.meta["categories"]
+    names = model.classes
     for title, x in zip(titles, (cls_logits, dist_logits, (cls_logits + dist_logits) / 2)):
         if not x.isfinite().all():
             raise InputError(f"{weights}: the {title} says nan; take weights of an earlier epoch.")
         print(title)
-        for p, k in zip(*x[0].softmax(0).topk(min(5, K))):
+        for p, k in zip(*x[0].softmax(0).topk(min(5, x.shape[1]))):
             print(f"  {100 * p:5.1f} %  {names[k] if names else f'class {k}'!r}")
     if attention:
         if not isinstance(model, DeiT) or attention == photo:
@@ -659,9 +660,8 @@ def classify(photo, weights, attention=None, **overrides):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Classifies a photo; without one lists models.",
-                                     argument_default=argparse.SUPPRESS)
-    parser.add_argument("photo", nargs="?", help="an image file to classify")
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
+    parser.add_argument("photo", nargs="?", help="image to classify; without one: lists models")
     parser.add_argument("--weights", default="deit_tiny_distilled_patch16_224", help="or a file")
     parser.add_argument("--num-heads", type=int, help="attention heads, if the file does not tell")
     parser.add_argument("--model", help="its name or module:function, if the file does not tell")
@@ -669,7 +669,7 @@ def main(argv=None):
     args = vars(parser.parse_args(argv))
     getattr(sys.stdout, "reconfigure", dict)(errors="backslashreplace")   # it may lack letters
     if "photo" not in args:
-        return print(*VARIANTS, "For a photo: python deit.py photo.jpg", sep="\n")
+        return print(*VARIANTS, sep="\n")
     try:
         classify(**args)
     except (OSError, ValueError) as e:   # InputError too

@@ -458,7 +458,7 @@ class TrainDataset:
                     if image:
                         break
                 else:
-                    raise InputError(f"{folder.path(i)} and the next images cannot be read "
+                    raise InputError(f"{folder.path(i)!r} and the next images cannot be read "
                                      f"({unreadable[i]}).")
             last, rng = i, rng_for(cfg.seed, epoch, i, number)
             views[place] = train_transform(image, S, cfg.randaugment, rng)
@@ -614,8 +614,8 @@ def must_match(facts, before, what, may_change=()):
         if was == now:
             continue
         if name not in may_change:
-            raise InputError(f"{what}: {name} was {was}, is {now}.")
-        print0(f"changed        {name} from {was} to {now}")
+            raise InputError(f"{what}: {name} was {was!r}, is {now!r}.")
+        print0(f"changed        {name} from {was!r} to {now!r}")
 
 
 CAUGHT = []   # signals that came since catch_signals
@@ -822,7 +822,7 @@ class Answers:
                        ("precision", "version of torch", "version of Pillow"))
             os.truncate(self.path, max(self.HEADER + 2 * views, os.path.getsize(self.path)))
             self.known = np.memmap(self.path, np.uint16, "r", self.HEADER, (views,))
-        except (OSError, ValueError) as e:
+        except (AttributeError, OSError, ValueError) as e:
             raise InputError(f"--teacher-answers {self.path} cannot be used; give the same flags "
                              f"as before, or another file: {e}") from e
         missing = int((self.known[step * cfg.batch_size:] == 0).sum())
@@ -965,7 +965,8 @@ def find_save(typed):
     if there and not typed.get("resume"):
         raise InputError(f"{folder} holds a run: add --resume to go on with it, or choose another "
                          "--output.")
-    if there <= {"log.jsonl"}:   # a run that was killed before its first save
+    if there <= {"log.jsonl"} and not (there and os.path.getsize(f"{folder}/log.jsonl")):
+        # nothing, or a run that was killed before its first save
         return None
     try:
         saved = deit.read_checkpoint(f"{folder}/last.pt")
@@ -1004,7 +1005,7 @@ def make_config(typed, saved=None):
                          f"{cfg.output}/last.pt to go on from.")
     for flag, name in (("model", cfg.model), ("teacher", cfg.teacher)):
         if ":" in name and flag not in typed:   # a save may be another's: it chooses no program
-            raise InputError(f"the save names its {flag} by module: add --{flag} {name} if you "
+            raise InputError(f"the save names its {flag} by module: add --{flag} {name!r} if you "
                              "trust it.")
         if flag in typed and ":" not in name and name not in deit.VARIANTS:
             deit.torchvision_models(name)   # a misspelt name is said first
@@ -1043,7 +1044,7 @@ def load_images(cfg):
     if not min(train.counts):
         folder = f"{train.root}/{train.classes[train.counts.index(0)]}/"
         others = [path for path in left_out if path.startswith(folder)]
-        raise InputError(f"{folder} holds no images to train on: files of other suffixes than "
+        raise InputError(f"{folder!r} holds no images to train on: files of other suffixes than "
                          f"{' '.join(SUFFIXES)} are not read, such as {others[:3]}.")
     for folder in (train, val):
         if f"{out}/".startswith(f"{os.path.realpath(folder.root)}/"):
@@ -1099,8 +1100,8 @@ def checked(model, name, cfg):
     """The model, in evaluation mode, if it takes images of the run's size (a torchvision
     transformer takes one only) in the layout of its device (a .view() may not), and answers with
     num_classes logits. Raises InputError."""
-    black = torch.zeros(1, cfg.img_size, cfg.img_size, 3, dtype=torch.uint8)
     try:
+        black = torch.zeros(1, cfg.img_size, cfg.img_size, 3, dtype=torch.uint8)
         with torch.no_grad():
             shape = tuple(model.eval()(normalise(black, cfg.device)).shape)
         if shape != (1, cfg.num_classes):
