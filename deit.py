@@ -474,7 +474,8 @@ def load_weights(model, source, *, new_heads=True, say=print):
     try:
         told = checkpoint.get("config", {}).get("num_heads", h)
         if told != h:   # no shape tells it
-            raise ValueError(f"not {h} attention heads: give --num-heads or num_heads=")
+            raise ValueError(f"{told if isinstance(told, int) else 'no'} attention heads, not {h}: "
+                             "give --num-heads or num_heads=")
         if isinstance(model, DeiT) and "pos_embed" in state:
             state["pos_embed"] = resize_pos_embed(state["pos_embed"], model)
         model.load_state_dict(state)
@@ -498,12 +499,11 @@ def config_from_shapes(state):
 
 def load_model(source, *, model=None, say=print, **overrides):
     """A model in evaluation mode from a checkpoint of train.py, an official or timm file, or a
-    published name. `.classes`: list of class names, or None. A DeiT's sizes are those of
-    its tensors; its number of heads, if the file does not tell it, is the published one of its
-    width, which is told to `say`, or must be given. model: the name that the file must have; for a
-    bare state dict the name whose sizes are taken, with 1000 classes unless num_classes is given;
-    "module:function" if the file names one. overrides: see create_model. Raises InputError, also
-    for a backbone: it has no classes to choose from."""
+    published name. `.classes`: list of class names, or None. A DeiT's sizes are its tensors'; its
+    number of heads, if the file does not tell it, is the published one of its width, which is told
+    to `say`, or must be given. model: the name that the file must have; for a bare state dict the
+    name whose sizes are taken, with 1000 classes unless num_classes is given; "module:function" if
+    the file names one. overrides: see create_model. Raises InputError, also for a backbone."""
     checkpoint = read_checkpoint(source)
     state, classes = checkpoint["model"], checkpoint.get("classes")
     if not os.path.isfile(source) and "://" not in source:

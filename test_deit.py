@@ -490,7 +490,7 @@ def test_the_number_of_heads_is_never_guessed_in_silence():
         torch.save(checkpoint(model), "w.pt")
         for refused in (lambda: deit.load_model("w.pt", num_heads=4),
                         lambda: deit.load_weights(small(num_heads=4), "w.pt")):
-            with raises("not 4 attention heads"):
+            with raises("2 attention heads, not 4"):
                 refused()
 
 
@@ -1308,7 +1308,7 @@ def test_checkpoint_has_one_schema_and_serves_every_reader():
         _, said = quiet(deit.main, [f"{shared_images()}/val/10/0.JPEG", "--weights", "o/best.pt"])
         assert "distillation head" in said and "both" in said and " %  '10'\n" in said
         flags = "--epochs 2 --output f --finetune o/best.pt --img-size 64".split()
-        with raises("not 1 attention heads", SystemExit):
+        with raises("2 attention heads, not 1", SystemExit):
             run(*flags, "--num-heads", "1")
         run(*flags)
 
