@@ -61,9 +61,9 @@ class InputError(ValueError):
 def reason(error):
     """An exception as one line of at most 300 characters: its kind and what it says, up to a
     control character or PyTorch's advice to load an unsafe file anyway."""
-    text = re.split(r"[\x00-\x1f\x7f-\x9f]|This file can|In PyTorch 2|Please ",
+    text = re.split(r" ?(?:[\x00-\x1f\x7f-\x9f]|This file can|In PyTorch 2|Please )",
                     " ".join(str(error).split()))[0]
-    return f"{type(error).__name__}: {text}"[:300].strip()
+    return f"{type(error).__name__}: {text}"[:300]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -357,8 +357,8 @@ def create_model(name=None, *, num_classes=1000, pretrained=False, **overrides):
         else:
             module = torchvision_models(name).get_model(name, num_classes=num_classes)
             module.to(memory_format=torch.channels_last)   # not what train.py trains on a GPU
-        if overrides:
-            raise InputError(f"{next(iter(overrides))} is for DeiT: it cannot be set for {name!r}.")
+        if overrides or size > 9999:   # a file may claim any size
+            raise InputError(f"{next(iter(overrides), size)} is for DeiT or too large: {name!r}.")
         model = Classifier(module, name=name, num_classes=num_classes, img_size=size)
     if pretrained:
         load_weights(model, name)

@@ -698,7 +698,8 @@ def test_odd_state_dicts_and_configs_are_refused_in_a_sentence():
         state | {"head.weight": torch.tensor(1.0)}, {"fc.weight": ones}, {1: ones} | state)]
     cases += [("config", "fits no model", odd) for odd in (
         [1], "x", 5, {"name": TI, "size": 3}, config | {"name": 3}, config | {"num_heads": "2"},
-        config | {"drop_path": None}, config | {"name": "resnet18", "num_classes": 10**9})]
+        config | {"drop_path": None}, config | {"name": "resnet18", "num_classes": 10**9},
+        {"name": "resnet18", "num_classes": 7, "img_size": 10**5})]
     with working_folder():
         for key, phrase, odd in cases:
             torch.save(good | {key: odd}, "w.pt")
