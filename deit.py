@@ -366,8 +366,8 @@ def create_model(name=None, *, num_classes=1000, pretrained=False, **overrides):
 
 
 # ------------------------------------------------------------------------------------------------
-# Weights from a file, a URL, a published name or a state dict. Nothing that is loaded can run code
-# or take more memory than a few times its file.
+# Weights from a file, a URL, a published name or a state dict. Nothing that is loaded can run code;
+# a model that is built from a file takes no more memory than some times the file's size.
 # ------------------------------------------------------------------------------------------------
 def fetch(source):
     """Path of a file, given as such, by a published name, or by a URL that ends in the start of the
